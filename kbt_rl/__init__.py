@@ -1,0 +1,85 @@
+"""Closed-form online adaptation of transformer policies, for Gymnasium and Stable-Baselines3.
+
+Importing the package registers the environments ``kbt_rl/InvertedPendulum-v0`` and
+``kbt_rl/ShiftedInvertedPendulum-v0`` and nothing else: the public names below are imported when they are first used, so
+that a worker process that only steps environments loads neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+if TYPE_CHECKING:
+    from kbt_rl.agents.kbt import KBT
+    from kbt_rl.agents.lqr import LQRExpert
+    from kbt_rl.agents.policies import DecisionTransformerPolicy
+    from kbt_rl.agents.sample import Sample
+    from kbt_rl.agents.warm_start import WarmStart
+    from kbt_rl.callbacks import KalmanAdapter, OnlineAdapter
+    from kbt_rl.envs import InvertedPendulumParams
+    from kbt_rl.inference.head import BayesianHead, HeadConfig
+    from kbt_rl.models.decision_transformer import DecisionTransformerConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KBT",
+    "BayesianHead",
+    "DecisionTransformerConfig",
+    "DecisionTransformerPolicy",
+    "HeadConfig",
+    "InvertedPendulumParams",
+    "KalmanAdapter",
+    "LQRExpert",
+    "OnlineAdapter",
+    "Sample",
+    "WarmStart",
+]
+
+_MODULE_OF = {
+    "KBT": "kbt_rl.agents.kbt",
+    "BayesianHead": "kbt_rl.inference.head",
+    "DecisionTransformerConfig": "kbt_rl.models.decision_transformer",
+    "DecisionTransformerPolicy": "kbt_rl.agents.policies",
+    "HeadConfig": "kbt_rl.inference.head",
+    "InvertedPendulumParams": "kbt_rl.envs",
+    "KalmanAdapter": "kbt_rl.callbacks",
+    "LQRExpert": "kbt_rl.agents.lqr",
+    "OnlineAdapter": "kbt_rl.callbacks",
+    "Sample": "kbt_rl.agents.sample",
+    "WarmStart": "kbt_rl.agents.warm_start",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_environments() -> None:
+    plants = {
+        "kbt_rl/InvertedPendulum-v0": {"cart_mass": 1.0, "pole_mass": 0.1, "pole_half_length": 0.5},
+        "kbt_rl/ShiftedInvertedPendulum-v0": {"cart_mass": 1.0, "pole_mass": 1.0, "pole_half_length": 5.0},
+    }
+    for env_id, kwargs in plants.items():
+        if env_id not in gym.registry:  # a module reload must not warn
+            gym.register(
+                env_id,
+                entry_point="kbt_rl.envs.inverted_pendulum:InvertedPendulumEnv",
+                vector_entry_point="kbt_rl.envs.vector:InvertedPendulumVectorEnv",
+                max_episode_steps=500,
+                kwargs=kwargs,
+            )
+
+
+_register_environments()

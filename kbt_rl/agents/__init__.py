@@ -1,0 +1,1 @@
+"""Stable-Baselines3 policies and algorithms: the expert, the adapting agent and its baseline."""

@@ -1,0 +1,214 @@
+"""Behaviour cloning of an expert: how every policy here is pre-trained, before anything is learned online."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from rich.progress import Progress
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from kbt_rl.models.context import ContextWindow, advance_window, start_window, with_action
+from kbt_rl.models.decision_transformer import DecisionTransformer
+
+Array = npt.NDArray[Any]
+Labeller = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How behaviour cloning is run.
+
+    Attributes:
+        samples: Labelled contexts, a tenth of them held out.
+        steps: Gradient steps.
+        batch_size: Samples a step.
+        learning_rate: Peak of the one-cycle schedule of Adam.
+        weight_decay: Decoupled weight decay.
+    """
+
+    samples: int = 20_000
+    steps: int = 3_000
+    batch_size: int = 256
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class PretrainInfo:
+    """What behaviour cloning reached, in action units (and in newtons where the environment states its force limit).
+
+    Attributes:
+        validation_rmse: Root mean square error on held-out contexts.
+        validation_rmse_newton: The same times the environment's ``max_force``; NaN where it has none.
+        label_rms: Root mean square of the labels, the unit of the head's variances.
+        samples: Contexts trained on.
+    """
+
+    validation_rmse: float
+    validation_rmse_newton: float
+    label_rms: float
+    samples: int
+
+
+class Demonstrations:
+    """Contexts and the expert's actions in them, with returns-to-go where they come from episodes."""
+
+    def __init__(self, context: ContextWindow, target: Array, returns: Array) -> None:
+        self.context, self.target, self.returns = context, target, returns
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+
+def box_demonstrations(
+    expert: Labeller, box: spaces.Box, samples: int, rng: np.random.Generator, context_length: int, action_size: int
+) -> Demonstrations:
+    """I.i.d. states of a box with the expert's actions, the paper's training data."""
+    states = rng.uniform(box.low, box.high, (samples, *box.shape)).astype(np.float32)
+    target = np.asarray(expert(states), dtype=np.float64)
+    returns = np.zeros((samples, context_length), dtype=np.float32)
+    return Demonstrations(start_window(states, context_length, action_size), target, returns)
+
+
+def rollout_demonstrations(
+    expert: Labeller, env: VecEnv, samples: int, context_length: int, progress: Callable[[int], None]
+) -> Demonstrations:
+    """Windows of episodes that the expert drives; for policies whose context is longer than one step."""
+    action_space = env.action_space
+    assert isinstance(action_space, spaces.Box)
+    windows: list[ContextWindow] = []
+    targets: list[Array] = []
+    episodes = _ReturnsToGo(env.num_envs, context_length)
+    observations = env.reset()
+    assert isinstance(observations, np.ndarray)
+    context = start_window(observations, context_length, action_space.shape[0])
+    while sum(map(len, targets)) < samples or not episodes.complete:
+        labels = np.asarray(expert(context.newest), dtype=np.float64)
+        actions = np.clip(labels, action_space.low, action_space.high).astype(action_space.dtype)
+        context = with_action(context, actions)
+        windows.append(context)
+        targets.append(labels)
+        observations, rewards, dones, _ = env.step(actions)
+        assert isinstance(observations, np.ndarray)
+        episodes.add(rewards, dones)
+        context = advance_window(context, observations, dones)
+        progress(env.num_envs)
+    returns = episodes.windows()
+    merged = ContextWindow(*(np.concatenate(parts) for parts in zip(*windows, strict=True)))
+    finished = ~np.isnan(returns).any(axis=1)
+    picked = np.flatnonzero(finished)[:samples]
+    return Demonstrations(
+        ContextWindow(*(part[picked] for part in merged)), np.concatenate(targets)[picked], returns[picked]
+    )
+
+
+class _ReturnsToGo:
+    """Sum of rewards from each step to the end of its episode, seen through context windows."""
+
+    def __init__(self, n_envs: int, context_length: int) -> None:
+        self._rewards: list[Array] = []
+        self._dones: list[Array] = []
+        self._n_envs, self._length = n_envs, context_length
+
+    @property
+    def complete(self) -> bool:
+        """Whether at least one episode has ended."""
+        return any(done.any() for done in self._dones)
+
+    def add(self, rewards: Array, dones: Array) -> None:
+        self._rewards.append(rewards)
+        self._dones.append(dones)
+
+    def windows(self) -> Array:
+        """``(steps * n_envs, K)`` float32; NaN where the episode did not end, 0 where the window is padding."""
+        steps = len(self._rewards)
+        to_go = np.full((steps + 1, self._n_envs), np.nan, dtype=np.float32)
+        age = np.zeros((steps, self._n_envs), dtype=np.int64)
+        for t in range(1, steps):
+            age[t] = np.where(self._dones[t - 1], 0, age[t - 1] + 1)
+        for t in reversed(range(steps)):
+            to_go[t] = self._rewards[t] + np.where(self._dones[t], 0.0, to_go[t + 1])
+        out = np.zeros((steps, self._n_envs, self._length), dtype=np.float32)
+        for back in range(self._length):
+            source = np.maximum(np.arange(steps) - back, 0)
+            out[:, :, self._length - 1 - back] = np.where(age >= back, to_go[source], 0.0)
+        return out.reshape(-1, self._length)
+
+
+def clone_behaviour(
+    transformer: DecisionTransformer,
+    demonstrations: Demonstrations,
+    config: PretrainConfig,
+    rng: np.random.Generator,
+    max_force: float,
+    progress: Callable[[int], None],
+) -> PretrainInfo:
+    """Train all weights on the squared error in units of the labels' rms; sets the transformer's scales.
+
+    Args:
+        transformer: Trained in place.
+        demonstrations: What to imitate.
+        config: Sizes and learning rate.
+        rng: Splits and shuffles.
+        max_force: Newtons of an action of 1, NaN if unknown.
+        progress: Called with the number of steps done since the last call.
+    """
+    order = rng.permutation(len(demonstrations))
+    held_out = order[: max(1, len(order) // 10)]
+    training = order[len(held_out) :] if len(order) > 1 else order
+    label_rms = np.sqrt(np.mean(np.square(demonstrations.target[training]), axis=0))
+    if not (np.isfinite(label_rms) & (label_rms > 0)).all():
+        raise ValueError(f"the expert's actions have the rms {label_rms}; they must be finite and not all zero")
+    transformer.action_scale.copy_(torch.from_numpy(label_rms))
+    returns = demonstrations.returns
+    if transformer.config.target_return is not None:
+        transformer.return_scale.fill_(max(float(np.abs(returns).max()), 1.0))
+    device = transformer.action_scale.device
+    inputs = [torch.from_numpy(array).to(device) for array in (*demonstrations.context, returns)]
+    target = torch.from_numpy(demonstrations.target).float().to(device)
+    optimiser = torch.optim.AdamW(transformer.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=config.steps)
+    transformer.train()
+    for _ in range(config.steps):
+        batch = torch.from_numpy(rng.choice(training, config.batch_size))
+        loss = _newest_error(transformer, [tensor[batch] for tensor in inputs], target[batch]).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        progress(1)
+    transformer.eval()
+    with torch.no_grad():
+        error = _newest_error(transformer, [tensor[held_out] for tensor in inputs], target[held_out])
+    rmse = float((error * transformer.action_scale).square().mean().sqrt())
+    return PretrainInfo(rmse, rmse * max_force, float(np.sqrt(np.mean(label_rms**2))), len(training))
+
+
+def _newest_error(transformer: DecisionTransformer, inputs: list[Tensor], target: Tensor) -> Tensor:
+    """Error of the newest action in units of the label rms, ``(B, action size)``."""
+    return (transformer(*inputs)[:, -1] - target) / transformer.action_scale
+
+
+def mean_features(transformer: DecisionTransformer, demonstrations: Demonstrations) -> Tensor:
+    """Mean of the encoder's features over the demonstrations, ``(width,)``: what the head centres on."""
+    inputs = [torch.from_numpy(array) for array in (*demonstrations.context, demonstrations.returns)]
+    inputs = [tensor[:4096].to(transformer.action_scale.device) for tensor in inputs]
+    with torch.no_grad():
+        return transformer.encode(*inputs)[:, -1].double().mean(0)
+
+
+def progress_bar(enabled: bool) -> Progress:
+    """A progress bar that draws nothing when it is not wanted."""
+    return Progress(disable=not enabled, transient=True)

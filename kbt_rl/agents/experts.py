@@ -1,0 +1,65 @@
+"""Where labels come from: any SB3 policy or a plain function, called in one way and checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Union
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+
+Array = npt.NDArray[Any]
+Expert = Union[BasePolicy, BaseAlgorithm, Callable[[Array], Array]]
+
+
+def as_labeller(expert: Expert, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Callable[[Array], Array]:
+    """A function from observations ``(n, o)`` to labels ``(n, a)``, float64, unclipped where the expert offers that.
+
+    An expert with a method ``label`` (as ``LQRExpert``) is asked through it; other SB3 policies and algorithms through
+    ``predict(deterministic=True)``; anything else is called.
+
+    Raises:
+        TypeError: The expert is neither a policy nor callable.
+        ValueError: The expert was made for other spaces.
+    """
+    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+        own = getattr(expert, name, None)
+        if own is not None and own != space:
+            raise ValueError(f"the expert's {name} is {own}, the model's is {space}; it is an expert of another env")
+    label = getattr(expert, "label", None)
+    if callable(label):
+        ask: Callable[[Array], Any] = label
+    elif isinstance(expert, (BasePolicy, BaseAlgorithm)):
+        policy = expert
+
+        def ask(observations: Array) -> Any:
+            return policy.predict(observations, deterministic=True)[0]
+
+    elif callable(expert):
+        ask = expert
+    else:
+        raise TypeError(f"an expert is an SB3 policy or a function of observations; got {type(expert).__name__}")
+    size = int(np.prod(action_space.shape or ()))
+
+    def labeller(observations: Array) -> Array:
+        labels = np.asarray(ask(observations), dtype=np.float64)
+        if labels.shape != (len(observations), size):
+            raise ValueError(
+                f"the expert answered {len(observations)} observations with shape {labels.shape}; expected "
+                f"{(len(observations), size)}"
+            )
+        return labels
+
+    return labeller
+
+
+def env_attribute(env: VecEnv, name: str, default: Any) -> Any:
+    """An attribute of the first sub-environment, through its wrappers; ``default`` where there is none."""
+    try:
+        return env.get_attr(name, 0)[0]
+    except AttributeError:
+        return default

@@ -1,0 +1,288 @@
+"""The expert: a linear-quadratic regulator of the plant, as a Stable-Baselines3 policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from gymnasium import spaces
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.vec_env import VecEnv
+
+from kbt_rl.envs.inverted_pendulum import FloatArray, InvertedPendulumParams, linearize
+
+AnyEnv = gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
+Params = tuple[InvertedPendulumParams, ...]
+
+
+def lqr_gain(
+    params: InvertedPendulumParams, Q: npt.ArrayLike | None = None, R: npt.ArrayLike | None = None
+) -> FloatArray:
+    """Gain of the continuous-time linear-quadratic regulator at the upright equilibrium.
+
+    The force ``u = -gain @ state``, in newtons, minimises the integral of ``s'Q s + R u^2`` for the linearised plant.
+
+    Args:
+        params: The plant.
+        Q: State cost, ``(4, 4)``, symmetric and positive semidefinite; the identity by default.
+        R: Force cost, a positive number or ``(1, 1)``; 1 by default.
+
+    Returns:
+        The gain, ``(1, 4)``. All its entries are negative: a pole that leans to the right is caught by a push to the right.
+
+    Raises:
+        ValueError: Q or R is not as described, or no gain stabilises the plant at a finite cost.
+    """
+    state_cost, force_cost = _check_state_cost(Q), _check_force_cost(R)
+    import control  # imports pyplot: not on every import of the package
+
+    try:
+        gain, _, poles = control.lqr(*linearize(params), state_cost, force_cost)
+    except (np.linalg.LinAlgError, control.ControlArgument, ValueError) as error:
+        raise ValueError(f"no stabilising gain exists for {params} with Q={Q} and R={R}: {error}") from error
+    if not np.all(np.real(poles) < 0):
+        raise ValueError(f"the best gain for {params} with Q={Q} and R={R} does not stabilise it: poles {poles}")
+    return np.asarray(gain, dtype=np.float64)
+
+
+class LQRExpert(BasePolicy):
+    """Linear state feedback ``action = -gain @ observation / max_force``; usually made by :meth:`for_env`.
+
+    Args:
+        observation_space: ``Box`` of shape (4,).
+        action_space: ``Box`` of shape (1,).
+        gain: ``(1, 4)``, newtons per unit of the state; the force is minus the gain times the state.
+        max_force: Newtons that an action of 1 stands for.
+        params: The plant that the gain is for, if known.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        gain: npt.ArrayLike,
+        max_force: float,
+        params: InvertedPendulumParams | None = None,
+    ) -> None:
+        if observation_space.shape != (4,) or action_space.shape != (1,) or not isinstance(action_space, spaces.Box):
+            raise ValueError(
+                "the expert observes [x, x_dot, theta, theta_dot] and acts by one force: it needs boxes of shapes (4,) "
+                f"and (1,), got {observation_space} and {action_space}"
+            )
+        super().__init__(observation_space, action_space)
+        self._box = action_space
+        self._gain = _check_gain(gain)
+        self._params = params
+        self._tracker: _GainTracker | None = None
+        self.max_force = _check_positive("max_force", max_force)
+
+    @classmethod
+    def for_env(
+        cls, env: AnyEnv, Q: npt.ArrayLike | None = None, R: npt.ArrayLike | None = None, *, tracking: bool = False
+    ) -> LQRExpert:
+        """Make the expert of an environment's plant.
+
+        Args:
+            env: An inverted pendulum: a Gymnasium environment or vector environment, wrapped or not, or a VecEnv of
+                Stable-Baselines3. It must give unscaled observations.
+            Q: State cost, see :func:`lqr_gain`.
+            R: Force cost, see :func:`lqr_gain`.
+            tracking: False: the gain is for the parameters that the environment has now. True: the expert holds a
+                reference to the environment, looks at its parameters at every call and solves again where they have
+                changed; the rows of a batch as long as ``num_envs`` may then have different plants.
+
+        Returns:
+            The expert. Saving one that tracks saves its current gain.
+        """
+        tracker = _GainTracker(env, Q, R)
+        observation_space, action_space = _single_spaces(env)
+        max_force = _common(tuple(params.max_force for params in tracker.params), "max_force")
+        if tracking:
+            expert = cls(observation_space, action_space, tracker.gains[0], max_force)
+            expert._tracker = tracker
+            return expert
+        params = _common(tracker.params, "parameters")
+        return cls(observation_space, action_space, tracker.gains[0], max_force, params)
+
+    @property
+    def params(self) -> InvertedPendulumParams | None:
+        """The plant that the gain is for; of a tracking expert the current one, which must be one for all."""
+        return self._params if self._tracker is None else _common(self._tracker.params, "parameters")
+
+    @property
+    def gain(self) -> FloatArray:
+        """The gain, ``(1, 4)``: force = -gain @ state, in newtons. Of a tracking expert the current one."""
+        if self._tracker is None:
+            return self._gain.copy()
+        _common(self._tracker.params, "parameters")
+        return self._tracker.gains[0].copy()
+
+    def label(self, observations: npt.ArrayLike) -> FloatArray:
+        """The expert's actions, not clipped to the action space, in float64.
+
+        Args:
+            observations: ``(n, 4)`` or ``(4,)``.
+
+        Returns:
+            ``(n, 1)`` or ``(1,)``.
+
+        Raises:
+            ValueError: The observations have another shape or are not finite.
+        """
+        states = _check_observations(observations)
+        return -np.einsum("...ij,...j->...i", self._gains_for(states), states) / self.max_force
+
+    def predict(
+        self,
+        observation: npt.NDArray[Any] | dict[str, npt.NDArray[Any]],
+        state: tuple[npt.NDArray[Any], ...] | None = None,
+        episode_start: npt.NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
+        """The expert's actions, clipped to the action space and in its dtype.
+
+        Args:
+            observation: ``(n, 4)`` or ``(4,)``.
+            state: Passed through: the expert has no memory.
+            episode_start: Not used.
+            deterministic: Not used: the expert always is.
+
+        Returns:
+            Actions, ``(n, 1)`` or ``(1,)``, and ``state``.
+        """
+        if isinstance(observation, tuple | dict):
+            raise ValueError(
+                f"the expert takes an array, got a {type(observation).__name__}: Gymnasium's reset() returns "
+                "(observation, info), of which predict takes the first"
+            )
+        actions = np.clip(self.label(observation), self._box.low, self._box.high)
+        return actions.astype(self._box.dtype), state
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if not isinstance(observation, th.Tensor):
+            raise ValueError(f"the expert takes a tensor, got a {type(observation).__name__}")
+        actions = self.label(observation.detach().cpu().numpy())
+        return th.as_tensor(actions.astype(self._box.dtype), device=observation.device)
+
+    def _gains_for(self, states: FloatArray) -> FloatArray:
+        """Gain of each row, ``(n, 1, 4)``, or the one for all, ``(1, 4)``."""
+        if self._tracker is None:
+            return self._gain
+        gains, plants = self._tracker.gains, set(self._tracker.params)
+        if len(plants) == 1:
+            return gains[0]
+        if states.shape != (len(gains), 4):
+            raise ValueError(
+                f"the {len(gains)} sub-environments have {len(plants)} different plants, so one observation of each is "
+                f"needed, shape ({len(gains)}, 4); got {states.shape}"
+            )
+        return gains
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "gain": self.gain,
+            "max_force": self.max_force,
+            "params": self.params,
+        }
+
+
+class _GainTracker:
+    """Gains for the current plants of an environment, solved again only when a plant has changed."""
+
+    def __init__(self, env: AnyEnv, Q: npt.ArrayLike | None, R: npt.ArrayLike | None) -> None:
+        self._env, self._Q, self._R = env, Q, R
+        self._solved_for: Params = ()
+        self._gains = np.empty((0, 1, 4))
+
+    @property
+    def params(self) -> Params:
+        """The current plant of each sub-environment."""
+        return _current_params(self._env)
+
+    @property
+    def gains(self) -> FloatArray:
+        """The gain of each sub-environment, ``(num_envs, 1, 4)``."""
+        params = self.params
+        if params != self._solved_for:
+            solved = {plant: lqr_gain(plant, self._Q, self._R) for plant in set(params)}
+            self._gains, self._solved_for = np.stack([solved[plant] for plant in params]), params
+        return self._gains
+
+
+def _current_params(env: AnyEnv) -> Params:
+    try:
+        if isinstance(env, VecEnv):
+            found: Any = env.get_attr("params")
+        elif isinstance(env, VectorEnv):
+            base: Any = env.unwrapped
+            found = base.get_attr("params") if hasattr(base, "get_attr") else base.params
+        else:
+            found = [env.get_wrapper_attr("params")]
+    except AttributeError as error:
+        raise TypeError(f"the expert needs an inverted pendulum, whose .params it reads; {env} has none") from error
+    if not all(isinstance(params, InvertedPendulumParams) for params in found):
+        raise TypeError(f"the expert needs an inverted pendulum; the .params of {env} are {found}")
+    return tuple(found)
+
+
+def _single_spaces(env: AnyEnv) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
+    if isinstance(env, VectorEnv):
+        return env.single_observation_space, env.single_action_space
+    return env.observation_space, env.action_space
+
+
+def _common(values: tuple[Any, ...], what: str) -> Any:
+    if len(set(values)) > 1:
+        raise ValueError(
+            f"the sub-environments have different {what}, {sorted(set(values), key=str)}, and no single gain: use "
+            "for_env(..., tracking=True), which gives each row its own, or one expert per plant"
+        )
+    return values[0]
+
+
+def _check_state_cost(Q: npt.ArrayLike | None) -> FloatArray:
+    cost = np.eye(4) if Q is None else np.asarray(Q, dtype=np.float64)
+    if cost.shape != (4, 4) or not np.all(np.isfinite(cost)):
+        raise ValueError(f"Q must be a finite matrix of shape (4, 4), got shape {cost.shape}: {Q}")
+    if not np.allclose(cost, cost.T):
+        raise ValueError(f"Q must be symmetric, got {Q}; use (Q + Q.T) / 2")
+    lowest = np.linalg.eigvalsh(cost)[0]
+    if lowest < -1e-9 * np.abs(cost).max():
+        raise ValueError(f"Q must be positive semidefinite, its lowest eigenvalue is {lowest:.3g}")
+    return cost
+
+
+def _check_force_cost(R: npt.ArrayLike | None) -> FloatArray:
+    cost = np.asarray(1.0 if R is None else R, dtype=np.float64)
+    if cost.shape not in ((), (1, 1)):
+        raise ValueError(f"R must be a number or of shape (1, 1), got shape {cost.shape}")
+    return np.array([[_check_positive("R", cost.item())]])
+
+
+def _check_gain(gain: npt.ArrayLike) -> FloatArray:
+    values = np.array(gain, dtype=np.float64)
+    if values.shape != (1, 4) or not np.all(np.isfinite(values)):
+        raise ValueError(f"the gain must be finite and of shape (1, 4), got shape {values.shape}: {gain}")
+    return values
+
+
+def _check_positive(name: str, value: float) -> float:
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return float(value)
+
+
+def _check_observations(observations: npt.ArrayLike) -> FloatArray:
+    states = np.asarray(observations, dtype=np.float64)
+    if states.ndim not in (1, 2) or states.shape[-1] != 4:
+        raise ValueError(f"observations must have shape (n, 4) or (4,), got {states.shape}")
+    if not np.all(np.isfinite(states)):
+        raise ValueError(f"observations must be finite, got {states[~np.isfinite(states)]} among {states.shape}")
+    return states

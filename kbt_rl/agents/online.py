@@ -1,0 +1,325 @@
+"""What all online learners share: an SB3 algorithm that pre-trains, rolls out, and lets a callback teach it.
+
+A subclass adds one method, ``update(sample) -> info``. Where samples come from is the callback's business; the loop
+here only acts on the mean, advances the context, and encodes each new observation once, so that the callback's update
+and the next action share the features.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import abstractmethod
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from kbt_rl.agents import behaviour_cloning as cloning
+from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
+from kbt_rl.agents.experts import Expert, as_labeller, env_attribute
+from kbt_rl.agents.policies import DecisionTransformerPolicy, TransformerPolicy
+from kbt_rl.agents.sample import LearnerInfo, Sample, labelled_rows
+from kbt_rl.models.context import ContextWindow, with_action
+
+Self = TypeVar("Self", bound="OnlineAlgorithm")
+
+
+class OnlineAlgorithm(BaseAlgorithm):
+    """Base of the learners that adapt a pre-trained transformer policy while it runs.
+
+    Args:
+        policy: Policy class or its name.
+        env: Environment to learn in; a Gymnasium env, a ``VecEnv`` or an id.
+        n_steps: Environment steps between two writes of the log.
+        policy_kwargs: Passed to the policy, for example ``dict(transformer=DecisionTransformerConfig(...))``.
+        stats_window_size: Episodes that rollout statistics average over.
+        tensorboard_log: Folder of the TensorBoard logs; None for none.
+        verbose: 0 silent, 1 training output.
+        seed: Seed of the initial weights, the label stream and the environment.
+        device: The CPU by default: one update is bound by latency.
+    """
+
+    policy: TransformerPolicy  # type: ignore[assignment]
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "DecisionTransformerPolicy": DecisionTransformerPolicy,
+        "TransformerPolicy": TransformerPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[BasePolicy],
+        env: GymEnv | str | None,
+        n_steps: int = 10,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: str = "cpu",
+        _init_setup_model: bool = True,
+    ) -> None:
+        self._check_policy(policy)
+        super().__init__(
+            policy,
+            env,
+            learning_rate=0.0,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            support_multi_env=True,
+            monitor_wrapper=True,
+            seed=seed,
+            device=device,
+            supported_action_spaces=(spaces.Box,),
+        )
+        if n_steps < 1:
+            raise ValueError(f"n_steps is {n_steps}; the log is written after at least 1 step")
+        self.n_steps = n_steps
+        self.label_space: spaces.Box | None = None
+        self.max_force = float("nan")
+        self.pretrain_info: PretrainInfo | None = None
+        self.labels_used = 0
+        # The state of the label stream lives here rather than in a callback, so that it is saved with the model.
+        self.stream_rng = np.random.default_rng(seed)
+        self.stream_position = 0
+        self._context: ContextWindow | None = None
+        self._features: Tensor | None = None
+        if self.env is not None:
+            self.label_space = _label_space(self.env)
+            self.max_force = env_attribute(self.env, "max_force", float("nan"))
+        if _init_setup_model:
+            self._setup_model()
+
+    @classmethod
+    def _check_policy(cls, policy: str | type[BasePolicy]) -> None:
+        if isinstance(policy, str) and policy not in cls.policy_aliases:
+            raise ValueError(f"{cls.__name__} has no policy {policy!r}; choose one of {', '.join(cls.policy_aliases)}")
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        arguments = dict(self.policy_kwargs)
+        if "observation_scale" not in arguments and self.label_space is not None:
+            arguments["observation_scale"] = np.maximum(np.abs(self.label_space.low), np.abs(self.label_space.high))
+        policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **arguments)
+        if not isinstance(policy, TransformerPolicy):
+            raise TypeError(f"{type(self).__name__} needs a TransformerPolicy; {type(policy).__name__} is not one")
+        self.policy = policy.to(self.device)
+
+    # ------------------------------------------------------------------ learning
+
+    def update(self, sample: Sample) -> LearnerInfo:
+        """Learn from one labelled sample, or from several rows at once.
+
+        Args:
+            sample: Context and label; see ``Sample``.
+
+        Returns:
+            What the update saw, in action units.
+
+        Raises:
+            ValueError: The sample has a wrong shape or is not finite; nothing has changed.
+        """
+        context = sample.context
+        if not isinstance(context, ContextWindow):
+            context = self.policy.start(np.atleast_2d(np.asarray(context)))
+        else:
+            self.policy.check_observations(context.newest)
+        target = np.atleast_2d(np.asarray(sample.target, dtype=np.float64))
+        rows = labelled_rows(target, sample.mask, len(context.timesteps), self.policy.action_size)
+        if len(rows) == 0:
+            return LearnerInfo(0, float("nan"))
+        features = sample.features
+        if len(rows) < len(target):
+            context = ContextWindow(*(part[rows] for part in context))
+            features = None if features is None else features[rows]
+        info = self._update(context, target[rows], features)
+        self.labels_used += len(rows)
+        return info
+
+    @abstractmethod
+    def _update(self, context: ContextWindow, target: cloning.Array, features: Tensor | None) -> LearnerInfo:
+        """Learn from rows that all have a label; ``features`` where the caller has encoded the context already."""
+
+    def pretrain(
+        self, expert: Expert, config: PretrainConfig | None = None, progress_bar: bool | None = None
+    ) -> PretrainInfo:
+        """Clone an expert: on i.i.d. states of the label box, or on its episodes if the context is longer than one.
+
+        Args:
+            expert: An SB3 policy or algorithm, or a callable from observations ``(n, o)`` to actions ``(n, a)``.
+            config: Sizes and learning rate.
+            progress_bar: Draw a progress bar; None if the terminal can.
+
+        Returns:
+            Error on held-out contexts, in action units and in newtons.
+        """
+        config = PretrainConfig() if config is None else config
+        labeller = as_labeller(expert, self.observation_space, self.action_space)
+        rng = np.random.default_rng(self.seed)
+        length, action_size = self.policy.transformer_config.context_length, self.policy.action_size
+        shown = sys.stdout.isatty() if progress_bar is None else progress_bar
+        with cloning.progress_bar(shown) as bar:
+            if length == 1 and self.policy.transformer_config.target_return is None:
+                box = self._require_label_space()
+                data = cloning.box_demonstrations(labeller, box, config.samples, rng, length, action_size)
+            else:
+                if self.env is None:
+                    raise ValueError("pre-training with a longer context drives episodes; pass an env or call set_env")
+                task = bar.add_task("expert episodes", total=config.samples)
+                data = cloning.rollout_demonstrations(
+                    labeller, self.env, config.samples, length, lambda n: bar.advance(task, n)
+                )
+            steps = bar.add_task("behaviour cloning", total=config.steps)
+            info = cloning.clone_behaviour(
+                self.policy.transformer, data, config, rng, self.max_force, lambda n: bar.advance(steps, n)
+            )
+        self.policy.set_training_mode(False)
+        self._after_pretraining(data)
+        self.pretrain_info = info
+        return info
+
+    def _after_pretraining(self, data: cloning.Demonstrations) -> None:
+        """Hook for what a subclass derives from the pre-trained network."""
+
+    def _require_label_space(self) -> spaces.Box:
+        if self.label_space is None:
+            raise ValueError("the model knows no label space: construct it with an env, or set model.label_space")
+        return self.label_space
+
+    # ------------------------------------------------------------------ rollouts
+
+    def learn(
+        self: Self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Act on the mean for ``total_timesteps`` steps while callbacks update the model.
+
+        The callbacks find in their locals ``context`` and ``features`` of the new observations, beside the names that
+        SB3 provides.
+        """
+        if self.env is None:
+            raise ValueError("the model has no environment; call set_env first")
+        name = type(self).__name__ if tb_log_name is None else tb_log_name
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        rollouts = 0
+        while self.num_timesteps < total_timesteps and self._roll_out(callback, total_timesteps):
+            rollouts += 1
+            if log_interval and rollouts % log_interval == 0:
+                self.dump_logs()
+        callback.on_training_end()
+        return self
+
+    def _roll_out(self, callback: BaseCallback, total_timesteps: int) -> bool:
+        """``n_steps`` steps of the environment; False if a callback asked to stop."""
+        assert self.env is not None
+        self._on_rollout_start()
+        callback.on_rollout_start()
+        assert self._context is not None
+        for _ in range(self.n_steps):
+            if self.num_timesteps >= total_timesteps:
+                break
+            assert self._features is not None
+            actions = self.policy.clip(self.policy.act(self._features))
+            new_obs, rewards, dones, infos = self.env.step(actions)
+            assert isinstance(new_obs, np.ndarray)
+            self.num_timesteps += self.env.num_envs
+            context = self.policy.advance(with_action(self._context, actions), new_obs, dones)
+            features = self.policy.encode(context)
+            self._context, self._features = context, features
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones)
+            self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+        callback.on_rollout_end()
+        return True
+
+    def _on_rollout_start(self) -> None:
+        """Encode the first observation of a run; later ones were encoded when they arrived."""
+        if self._context is None or self._features is None:
+            assert isinstance(self._last_obs, np.ndarray)
+            self._context = self.policy.start(self._last_obs)
+            self._features = self.policy.encode(self._context)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        before = self._last_obs
+        out = super()._setup_learn(*args, **kwargs)
+        if self._last_obs is not before:  # the environment was reset
+            self._context = self._features = None
+        return out
+
+    def dump_logs(self) -> None:
+        """Write what was recorded since the last call, with the statistics of finished episodes."""
+        if len(self.ep_info_buffer or ()) > 0:
+            infos = self.ep_info_buffer
+            assert infos is not None
+            self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in infos]))
+            self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in infos]))
+        if len(self.ep_success_buffer or ()) > 0:
+            self.logger.record("rollout/success_rate", safe_mean(self.ep_success_buffer))
+        elapsed = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
+        self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
+        self.logger.record("time/time_elapsed", int(elapsed), exclude="tensorboard")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
+
+    # ------------------------------------------------------------------ plumbing
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Move to another environment with the same spaces; the number of sub-environments may differ.
+
+        The context of the running episodes is dropped.
+
+        Raises:
+            ValueError: Other spaces, or an action of 1 stands for another force than the policy was trained with.
+        """
+        wrapped = self._wrap_env(env, self.verbose)
+        max_force = env_attribute(wrapped, "max_force", float("nan"))
+        if np.isfinite(self.max_force) and np.isfinite(max_force) and max_force != self.max_force:
+            raise ValueError(
+                f"an action of 1 is {max_force} N in the new environment and {self.max_force} N in the one the policy "
+                f"was trained in; make the environment with max_force={self.max_force}"
+            )
+        self.n_envs = wrapped.num_envs
+        super().set_env(wrapped, force_reset)
+        self._last_obs = None if force_reset else self._last_obs
+        self._context = self._features = None
+        if self.label_space is None:
+            self.label_space = _label_space(wrapped)
+        if not np.isfinite(self.max_force):
+            self.max_force = max_force
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_context", "_features"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy"], []
+
+
+def _label_space(env: VecEnv) -> spaces.Box | None:
+    """The box that labels are asked in: the environment's ``label_space``, else a finite observation space."""
+    space = env_attribute(env, "label_space", None)
+    if isinstance(space, spaces.Box):
+        return space
+    observation_space = env.observation_space
+    if isinstance(observation_space, spaces.Box) and observation_space.is_bounded("both"):
+        return observation_space
+    return None

@@ -1,0 +1,279 @@
+"""SB3 policies around the decision transformer: a plain one, and one whose last layer is a Gaussian posterior.
+
+Both carry their context through the ``state`` argument of ``predict`` and keep nothing of an episode on ``self``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor
+
+from kbt_rl.inference.head import BayesianHead, HeadConfig
+from kbt_rl.models.context import ContextWindow, advance_window, start_window, with_action
+from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
+
+Sampling = Literal["epistemic", "predictive"]
+Array = npt.NDArray[Any]
+
+
+class ActionMoments(NamedTuple):
+    """Distribution of the expert's action for each observation, in action units.
+
+    Attributes:
+        mean: ``(n, action size)``.
+        epistemic: Covariance from what the weights do not know, ``(n, action size, action size)``.
+        aleatoric: Covariance of the label noise, of the same shape.
+    """
+
+    mean: Array
+    epistemic: Array
+    aleatoric: Array
+
+
+class TransformerPolicy(BasePolicy):
+    """A decision transformer as an SB3 policy; the baseline acts with it.
+
+    Args:
+        observation_space: A flat, finite ``Box``.
+        action_space: A flat ``Box``.
+        lr_schedule: Ignored; SB3 passes it to every policy.
+        transformer: Size and context.
+        observation_scale: What observations are divided by, ``(observation size,)``; 1 if None.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
+        lr_schedule: Schedule | None = None,
+        *,
+        transformer: DecisionTransformerConfig | None = None,
+        observation_scale: npt.ArrayLike | None = None,
+    ) -> None:
+        _check_box("observation space", observation_space)
+        _check_box("action space", action_space)
+        super().__init__(observation_space, action_space)
+        self.observation_size = observation_space.shape[0]
+        self.action_size = action_space.shape[0]
+        self.transformer_config = DecisionTransformerConfig() if transformer is None else transformer
+        self.transformer = DecisionTransformer(self.observation_size, self.action_size, self.transformer_config)
+        self._given_scale = None if observation_scale is None else np.asarray(observation_scale, dtype=np.float32)
+        if self._given_scale is not None:
+            if self._given_scale.shape != (self.observation_size,) or not (self._given_scale > 0).all():
+                raise ValueError(
+                    f"observation_scale is {self._given_scale}; expected {self.observation_size} positive numbers"
+                )
+            self.transformer.observation_scale.copy_(torch.from_numpy(self._given_scale))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "transformer": self.transformer_config,
+            "observation_scale": self._given_scale,
+        }
+
+    def start(self, observations: Array) -> ContextWindow:
+        """Contexts of episodes that start with ``observations``, ``(n, observation size)``."""
+        observations = self.check_observations(observations)
+        return start_window(observations, self.transformer_config.context_length, self.action_size)
+
+    def advance(self, context: ContextWindow, observations: Array, episode_start: npt.NDArray[np.bool_]) -> ContextWindow:
+        """Contexts one step on; rows where ``episode_start`` is set begin anew."""
+        return advance_window(context, self.check_observations(observations), episode_start)
+
+    def encode(self, context: ContextWindow) -> Tensor:
+        """Features of the newest step of each context, ``(n, width)``: T1 of the paper, without gradient."""
+        with torch.inference_mode():
+            tensors = (torch.from_numpy(array).to(self.device) for array in context)
+            return self.transformer.encode(*tensors)[:, -1]
+
+    def act(self, features: Tensor) -> Array:
+        """Mean actions for encoded contexts, ``(n, action size)``, unclipped float64."""
+        with torch.inference_mode():
+            scaled = self.transformer.linear(features) * self.transformer.action_scale
+            return scaled.double().cpu().numpy()
+
+    def sample_actions(self, features: Tensor) -> Array:
+        """Actions when ``deterministic=False``; this policy has no distribution, so they are the same."""
+        return self.act(features)
+
+    def predict(
+        self,
+        observation: Array | dict[str, Array],
+        state: tuple[Array, ...] | None = None,
+        episode_start: Array | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
+        """Actions for observations, as SB3's recurrent policies do it.
+
+        Args:
+            observation: ``(observation size,)`` or ``(n, observation size)``.
+            state: What the previous call returned; None at the start.
+            episode_start: Rows whose episode begins with this observation, ``(n,)``; None for none.
+            deterministic: The mean if set, else a sample.
+
+        Returns:
+            Actions inside the action space, and the contexts that belong to them, a ``ContextWindow``.
+
+        Raises:
+            ValueError: An observation of the wrong shape, not finite or outside its space, or a state of another size.
+        """
+        if isinstance(observation, dict):
+            raise ValueError("this policy takes flat observations; wrap the environment in FlattenObservation")
+        self.set_training_mode(False)
+        array = np.asarray(observation)
+        batched = array.reshape(-1, self.observation_size) if array.ndim == 1 and array.size else array
+        if state is None:
+            context = self.start(batched)
+        else:
+            starts = np.zeros(len(batched), dtype=bool) if episode_start is None else np.asarray(episode_start, bool)
+            context = self.advance(_as_window(state), batched, np.atleast_1d(starts))
+        features = self.encode(context)
+        raw = self.act(features) if deterministic else self.sample_actions(features)
+        actions = self.clip(raw)
+        context = with_action(context, actions)
+        return (actions[0] if array.ndim == 1 else actions), context
+
+    def clip(self, actions: Array) -> Array:
+        """Actions cut to the action space, in its dtype."""
+        assert isinstance(self.action_space, spaces.Box)
+        return np.clip(actions, self.action_space.low, self.action_space.high).astype(self.action_space.dtype)
+
+    def check_observations(self, observations: Array) -> Array:
+        """Observations as ``(n, observation size)`` float32, or an error that says what came."""
+        space = self.observation_space
+        assert isinstance(space, spaces.Box)
+        array = np.asarray(observations, dtype=np.float32)
+        if array.ndim != 2 or array.shape[1] != self.observation_size:
+            raise ValueError(f"observations have shape {array.shape}; expected (n, {self.observation_size})")
+        if not ((array >= space.low) & (array <= space.high)).all():  # NaN fails the comparison too
+            row = int(np.flatnonzero(~((array >= space.low) & (array <= space.high)).all(axis=1))[0])
+            raise ValueError(
+                f"observation {array[row]} (row {row}) is not finite or outside the observation space "
+                f"[{space.low}, {space.high}]; check the sensor, or widen the space"
+            )
+        return array
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        assert isinstance(observation, Tensor)
+        features = self.encode(self.start(observation.cpu().numpy()))
+        actions = self.act(features) if deterministic else self.sample_actions(features)
+        return torch.as_tensor(self.clip(actions), device=self.device)
+
+
+class DecisionTransformerPolicy(TransformerPolicy):
+    """A decision transformer whose last linear layer is a Gaussian posterior (the paper's ``T2``).
+
+    ``predict(..., deterministic=True)`` returns the mean; else a sample of the epistemic distribution, or of the
+    predictive one (label noise included) with ``sampling="predictive"``.
+
+    Args:
+        observation_space: A flat, finite ``Box``.
+        action_space: A flat ``Box``.
+        lr_schedule: Ignored; SB3 passes it to every policy.
+        transformer: Size and context.
+        observation_scale: What observations are divided by, ``(observation size,)``; 1 if None.
+        head: Depth, prior and output rule; variances are in units of the squared rms of the pre-training labels.
+        sampling: What ``deterministic=False`` samples from.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
+        lr_schedule: Schedule | None = None,
+        *,
+        transformer: DecisionTransformerConfig | None = None,
+        observation_scale: npt.ArrayLike | None = None,
+        head: HeadConfig | None = None,
+        sampling: Sampling = "epistemic",
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            transformer=transformer,
+            observation_scale=observation_scale,
+        )
+        if sampling not in ("epistemic", "predictive"):
+            raise ValueError(f"sampling is {sampling!r}; choose 'epistemic' or 'predictive'")
+        self.head_config, self.sampling = (HeadConfig() if head is None else head), sampling
+        if self.head_config.link != "identity":
+            raise ValueError(
+                f"rule {self.head_config.rule!r} has a softmax link and the action space is continuous; use 'measure'"
+            )
+        self.head = BayesianHead(self.transformer_config.width, self.action_size, self.head_config)
+        self.reset_head()
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "head": self.head_config, "sampling": self.sampling}
+
+    def reset_head(self, feature_mean: Tensor | None = None, feature_scale: Tensor | None = None) -> None:
+        """Start the posterior anew from the transformer's last layer.
+
+        Args:
+            feature_mean: Mean of the features in pre-training, ``(width,)``; 0 if None.
+            feature_scale: Their scale, ``(width,)``; 1 if None.
+        """
+        linear, scale = self.transformer.linear, self.transformer.action_scale
+        self.head.reset(
+            linear.weight * scale.unsqueeze(-1),
+            linear.bias * scale,
+            feature_mean=feature_mean,
+            feature_scale=feature_scale,
+            target_scale=scale,
+        )
+
+    def act(self, features: Tensor) -> Array:
+        """Posterior mean of the action, ``(n, action size)``, unclipped float64."""
+        with torch.inference_mode():
+            mean: Array = self.head(features).cpu().numpy()
+            return mean
+
+    def sample_actions(self, features: Tensor) -> Array:
+        """One sample a row from the epistemic or the predictive distribution, unclipped."""
+        prediction = self.head.predict(features)
+        cov = prediction.epistemic
+        if self.sampling == "predictive":
+            cov = cov + prediction.aleatoric
+        values, vectors = torch.linalg.eigh(cov)
+        # Rounding leaves eigenvalues of a singular covariance a little below 0; they have no spread to sample.
+        root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+        noise = torch.randn(prediction.mean.shape, dtype=torch.float64).to(root.device)
+        actions: Array = (prediction.mean + (root @ noise.unsqueeze(-1)).squeeze(-1)).cpu().numpy()
+        return actions
+
+    def predict_moments(self, observation: Array | ContextWindow) -> ActionMoments:
+        """What the policy expects the expert to do, and how sure it is.
+
+        Args:
+            observation: ``(n, observation size)`` or ``(observation size,)``, or the context that ``predict`` returned.
+
+        Returns:
+            Mean, epistemic and aleatoric covariance in action units, with a leading axis of ``n`` also for one row.
+        """
+        if isinstance(observation, ContextWindow):
+            context = observation
+        else:
+            context = self.start(np.atleast_2d(np.asarray(observation)))
+        prediction = self.head.predict(self.encode(context))
+        return ActionMoments(*(part.cpu().numpy() for part in prediction))
+
+
+def _as_window(state: tuple[Array, ...]) -> ContextWindow:
+    if len(state) != len(ContextWindow._fields):
+        raise ValueError(f"state has {len(state)} arrays; expected the ContextWindow that predict returned")
+    return ContextWindow(*state)
+
+
+def _check_box(name: str, space: spaces.Space[Any]) -> None:
+    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+        raise ValueError(f"the {name} is {space}; this policy needs a Box with one axis (see FlattenObservation)")

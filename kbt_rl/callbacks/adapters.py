@@ -1,0 +1,122 @@
+"""Callbacks that ask an expert for labels during a rollout and let the learner update on each.
+
+``OnlineAdapter`` serves every learner; ``KalmanAdapter`` adds what a posterior can tell. Both write the same tags, so
+that the curves of different learners lie over each other in TensorBoard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
+from stable_baselines3.common.callbacks import BaseCallback
+
+from kbt_rl.agents.experts import Expert, as_labeller, env_attribute
+from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.agents.sample import LearnerInfo, Sample
+from kbt_rl.callbacks.streams import SampleStream, as_stream
+
+
+class OnlineAdapter(BaseCallback):
+    """Teach a learner during ``learn``: at each step take samples from a stream, label them, update.
+
+    Logs under ``kalman/``, for every learner alike: ``labels`` (used so far), ``update_ms`` (mean since the last write)
+    and ``innovation`` (rms of label minus prediction, action units).
+
+    Args:
+        expert: An SB3 policy or algorithm, or a callable from observations ``(n, o)`` to actions ``(n, a)``; a row of
+            NaN means no label. None if the stream brings labels.
+        stream: ``"iid"`` (uniform in the label box, one label per environment step, as in the paper), ``"visited"``
+            (the states of the rollout), or a ``SampleStream``.
+        check_expert: Refuse an expert that was made for another plant than the training environment's.
+        verbose: As in SB3.
+    """
+
+    model: OnlineAlgorithm
+
+    def __init__(
+        self,
+        expert: Expert | None,
+        stream: str | SampleStream = "iid",
+        *,
+        check_expert: bool = True,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self.stream = as_stream(stream)
+        if expert is None and not self.stream.labelled:
+            raise ValueError("this stream brings no labels; pass an expert")
+        self.expert, self.check_expert = expert, check_expert
+        self._labeller: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] | None = None
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, OnlineAlgorithm):
+            raise TypeError(
+                f"{type(self).__name__} teaches the learners of kbt_rl (KBT, WarmStart); got "
+                f"{type(self.model).__name__}, which has no update(sample)"
+            )
+        if self.expert is not None:
+            self._labeller = as_labeller(self.expert, self.model.observation_space, self.model.action_space)
+            if self.check_expert:
+                self._check_plant(self.expert)
+
+    def _on_training_start(self) -> None:
+        self.stream.check(self.model)
+
+    def _check_plant(self, expert: Expert) -> None:
+        """An expert of another plant, or of another force limit, is almost always a mistake."""
+        for name in ("max_force", "params"):
+            own, plant = getattr(expert, name, None), env_attribute(self.training_env, name, None)
+            if own is not None and plant is not None and own != plant:
+                raise ValueError(
+                    f"the expert was made for {name}={own} and the training environment has {plant}; use "
+                    "for_env(env) of this environment, or pass check_expert=False if you mean it"
+                )
+
+    def _on_step(self) -> bool:
+        batch = self.stream.next(self.model, self.locals)
+        if batch is None:
+            return True
+        target = batch.target
+        if target is None:
+            assert self._labeller is not None
+            target = self._labeller(batch.context.newest)
+        started = time.perf_counter()
+        info = self.model.update(Sample(batch.context, target, batch.mask, batch.features))
+        elapsed = time.perf_counter() - started
+        if info.labels:
+            self.logger.record_mean("kalman/update_ms", 1e3 * elapsed)
+            self._record(info)
+        self.logger.record("kalman/labels", self.model.labels_used)
+        return True
+
+    def _record(self, info: LearnerInfo) -> None:
+        """Log what an update told."""
+        self.logger.record_mean("kalman/innovation", info.innovation)
+
+
+class KalmanAdapter(OnlineAdapter):
+    """``OnlineAdapter`` for ``KBT``, with the posterior's telemetry.
+
+    Logs besides: ``kalman/predictive_variance`` and ``kalman/epistemic_variance`` (action units squared, mean over the
+    updates since the last write), ``kalman/nis`` (normalised innovation squared per scalar label: 1 on average if the
+    variances are right) and ``kalman/smallest_variance``.
+    """
+
+    model: KBT  # type: ignore[assignment]
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, KBT):
+            raise TypeError(f"KalmanAdapter reads the posterior of KBT; use OnlineAdapter for {type(self.model).__name__}")
+        super()._init_callback()
+
+    def _record(self, info: LearnerInfo) -> None:
+        super()._record(info)
+        assert isinstance(info, KBTInfo)
+        self.logger.record_mean("kalman/predictive_variance", info.predictive_variance)
+        self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
+        self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.action_size))
+        self.logger.record("kalman/smallest_variance", info.smallest_variance)

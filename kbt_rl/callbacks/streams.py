@@ -1,0 +1,142 @@
+"""Where labelled samples come from: one small interface, three sources.
+
+A stream is asked once per step of the (vector) environment and answers with contexts to label. Its random state and its
+position live in the model, so that a saved model continues the same stream.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from torch import Tensor
+
+from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.models.context import ContextWindow
+
+Array = npt.NDArray[Any]
+
+
+class StreamBatch(NamedTuple):
+    """What a stream offers in one step.
+
+    Attributes:
+        context: States to label.
+        features: Their features where the rollout has encoded them already.
+        target: Labels, if the stream brings its own; else the expert is asked.
+        mask: Rows to use, ``(n,)``; None for all.
+    """
+
+    context: ContextWindow
+    features: Tensor | None = None
+    target: Array | None = None
+    mask: npt.NDArray[np.bool_] | None = None
+
+
+class SampleStream(ABC):
+    """A source of samples."""
+
+    #: Whether the stream brings its own labels, so that no expert is needed.
+    labelled = False
+
+    def check(self, model: OnlineAlgorithm) -> None:  # noqa: B027
+        """Raise an error if this stream cannot serve the model; called before training starts."""
+
+    @abstractmethod
+    def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch | None:
+        """Samples of this step, or None.
+
+        Args:
+            model: The learner; owns the stream's random generator and position.
+            step: Locals of the rollout: ``context`` and ``features`` of the new observations, ``dones``, ...
+        """
+
+
+class IidStream(SampleStream):
+    """I.i.d. states, uniform in a box: one per environment and step, as in the paper.
+
+    Args:
+        box: Where to draw; the model's label space if None.
+    """
+
+    def __init__(self, box: spaces.Box | None = None) -> None:
+        self.box = box
+
+    def check(self, model: OnlineAlgorithm) -> None:
+        """The box must lie in the observation space."""
+        box, space = self._box(model), model.observation_space
+        assert isinstance(space, spaces.Box)
+        if box.shape != space.shape or not ((box.low >= space.low) & (box.high <= space.high)).all():
+            raise ValueError(f"labels would be asked in {box}, which is not inside the observation space {space}")
+
+    def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch:
+        """See ``SampleStream``."""
+        box = self._box(model)
+        states = model.stream_rng.uniform(box.low, box.high, (model.n_envs, *box.shape)).astype(np.float32)
+        return StreamBatch(model.policy.start(states))
+
+    def _box(self, model: OnlineAlgorithm) -> spaces.Box:
+        box = model.label_space if self.box is None else self.box
+        if box is None:
+            raise ValueError(
+                "the environment states no label_space and its observation space is unbounded; pass IidStream(box), or "
+                "use the stream 'visited'"
+            )
+        return box
+
+
+class VisitedStream(SampleStream):
+    """The states that the rollout visits: correlated, and where the policy needs the labels.
+
+    Args:
+        every: Ask at every so many steps.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}; a label is asked for at every 1st, 2nd, ... step")
+        self.every = every
+
+    def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch | None:
+        """See ``SampleStream``."""
+        model.stream_position += 1
+        if model.stream_position % self.every:
+            return None
+        return StreamBatch(step["context"], step["features"])
+
+
+class RecordedStream(SampleStream):
+    """A recording of observations and labels, played once from the start; it resumes where the model left off.
+
+    Args:
+        observations: ``(N, observation size)``.
+        targets: ``(N, action size)``; NaN where there is no label.
+    """
+
+    labelled = True
+
+    def __init__(self, observations: Array, targets: Array) -> None:
+        if len(observations) != len(targets):
+            raise ValueError(f"{len(observations)} observations and {len(targets)} targets; one of each a sample")
+        self.observations, self.targets = np.asarray(observations), np.asarray(targets)
+
+    def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch | None:
+        """See ``SampleStream``; None once the recording has ended."""
+        rows = slice(model.stream_position, model.stream_position + model.n_envs)
+        if rows.start >= len(self.observations):
+            return None
+        model.stream_position = min(rows.stop, len(self.observations))
+        return StreamBatch(model.policy.start(self.observations[rows]), target=self.targets[rows])
+
+
+def as_stream(stream: str | SampleStream) -> SampleStream:
+    """A stream by name: ``"iid"`` or ``"visited"``."""
+    if isinstance(stream, SampleStream):
+        return stream
+    named: dict[str, type[IidStream] | type[VisitedStream]] = {"iid": IidStream, "visited": VisitedStream}
+    if stream not in named:
+        raise ValueError(f"stream is {stream!r}; choose 'iid', 'visited', or pass a SampleStream")
+    return named[stream]()

@@ -1,0 +1,39 @@
+"""Gymnasium environments: the inverted pendulum, alone and vectorised. Imports numpy and gymnasium only."""
+
+from kbt_rl.envs.inverted_pendulum import (
+    DT,
+    LABEL_BOX,
+    NOMINAL,
+    OBSERVATION_BOX,
+    SETTLED_BOX,
+    SHIFTED,
+    START_BOX,
+    InvertedPendulumEnv,
+    InvertedPendulumParams,
+    dynamics,
+    is_settled,
+    is_upright,
+    linearize,
+    rk4_step,
+    stage_cost,
+)
+from kbt_rl.envs.vector import InvertedPendulumVectorEnv
+
+__all__ = [
+    "DT",
+    "LABEL_BOX",
+    "NOMINAL",
+    "OBSERVATION_BOX",
+    "SETTLED_BOX",
+    "SHIFTED",
+    "START_BOX",
+    "InvertedPendulumEnv",
+    "InvertedPendulumParams",
+    "InvertedPendulumVectorEnv",
+    "dynamics",
+    "is_settled",
+    "is_upright",
+    "linearize",
+    "rk4_step",
+    "stage_cost",
+]

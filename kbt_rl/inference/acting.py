@@ -1,0 +1,102 @@
+"""What acting needs of the posterior: a small immutable view from which the predicted mean follows.
+
+The mean of a two-layer head depends on the weight means, on the variance of each hidden unit (the covariance of that
+unit's own weights) and, where layers are correlated, on the covariance of each hidden unit with the weight above it.
+That is a small part of the posterior. A view can be kept, stacked and evaluated for many posteriors at once while the
+posterior moves on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kbt_rl.inference.moments import relu_mean, relu_slope
+from kbt_rl.inference.smoother import augment
+from kbt_rl.inference.structures import LAYERWISE
+from kbt_rl.inference.update import HeadState
+
+
+class ActingView(NamedTuple):
+    """Enough of a posterior of one or two layers to predict its mean; leading dimensions stack several posteriors.
+
+    Attributes:
+        weights: Weight means ``(..., n_i, k_i)``, bias last.
+        hidden_cov: Covariance of each hidden unit's weights, ``(..., n, k, k)``; None for one layer.
+        coupling: ``Cov(w2_jl, w1_l)``, ``(..., o, n, k)``; None where layers are independent.
+        feature_part: Variance of each hidden unit from uncertain features, ``(..., n)``; None for exact features.
+    """
+
+    weights: tuple[Tensor, ...]
+    hidden_cov: Tensor | None = None
+    coupling: Tensor | None = None
+    feature_part: Tensor | None = None
+
+
+def acting_view(state: HeadState) -> ActingView:
+    """A view of the posterior as it is now; shares no memory with it.
+
+    Raises:
+        ValueError: The head has more than two layers, whose mean needs the whole covariance.
+    """
+    weights = tuple(weight.clone() for weight in state.weights)
+    if len(weights) > 2:
+        raise ValueError(f"an acting view holds heads of at most two layers; this one has {len(weights)}")
+    if len(weights) == 1:
+        return ActingView(weights)
+    (n, k), (outputs, _) = state.spec.shapes
+    coupling = None
+    if state.spec.structure == "joint":
+        panel = state.cov[0]
+        hidden = torch.diagonal(panel[: n * k].view(n, k, n, k), dim1=0, dim2=2).permute(2, 0, 1)
+        above = panel[n * k :].view(outputs, n + 1, n, k)[:, :n]
+        coupling = torch.diagonal(above, dim1=1, dim2=2).mT.clone()
+    else:
+        hidden = LAYERWISE[state.spec.structure].neuron_blocks(state.cov[0], state.spec.shapes[0])
+    feature_part = None
+    if state.spec.feature_variance:
+        inner = hidden[:, :-1, :-1].diagonal(dim1=-2, dim2=-1).sum(-1)
+        feature_part = state.spec.feature_variance * (inner + weights[0][:, :-1].square().sum(-1))
+    return ActingView(weights, hidden.clone(), coupling, feature_part)
+
+
+def stack_views(views: Sequence[ActingView]) -> ActingView:
+    """One view of several posteriors of the same head, stacked in front."""
+
+    def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.stack(present) if present else None
+
+    weights = tuple(torch.stack(layer) for layer in zip(*(view.weights for view in views), strict=True))
+    return ActingView(
+        weights,
+        stacked([view.hidden_cov for view in views]),
+        stacked([view.coupling for view in views]),
+        stacked([view.feature_part for view in views]),
+    )
+
+
+def view_mean(view: ActingView, features: Tensor) -> Tensor:
+    """Predicted mean of the logits for rows ``(..., N, d)``, shape ``(..., N, o)``; rows are independent."""
+    inputs = augment(features)
+    hidden_mean = inputs @ view.weights[0].mT
+    if view.hidden_cov is None:
+        return hidden_mean
+    by_unit = inputs.unsqueeze(-3)  # (..., 1, N, k)
+    variance = ((by_unit @ view.hidden_cov) * by_unit).sum(-1).mT  # (..., N, n)
+    if view.feature_part is not None:
+        variance = variance + view.feature_part.unsqueeze(-2)
+    mean = augment(relu_mean(hidden_mean, variance)) @ view.weights[1].mT
+    if view.coupling is not None:
+        # E w z = E w E z + Cov(w, z), and Cov(w, z_l) = Cov(w, u_l) Phi(a_l) by Stein's lemma.
+        mean = mean + _coupled(view.coupling, inputs, hidden_mean, variance)
+    return mean
+
+
+def _coupled(coupling: Tensor, inputs: Tensor, hidden_mean: Tensor, variance: Tensor) -> Tensor:
+    """``sum_l Cov(w2_jl, z_l)`` for each row and output, ``(..., N, o)``."""
+    cross = inputs.unsqueeze(-3) @ coupling.mT  # Cov(w2_jl, u_l), (..., o, N, n)
+    return (cross * relu_slope(hidden_mean, variance).unsqueeze(-3)).sum(-1).mT

@@ -1,0 +1,178 @@
+"""What a target makes of the predicted output: the rules that condition the logits of the last layer.
+
+Every rule answers with the same small record: ``dm = S^-1 (m+ - m)`` and ``dC = S^-1 (S+ - S) S^-1`` for the predicted
+mean ``m`` and covariance ``S`` of the logits, all rows jointly. The smoother turns it into ``mean += X dm`` and
+``cov += X dC X'`` with ``X = Cov(w, u^L)``. ``dC`` is returned as ``F diag(signs) F'``, so that the covariance is moved
+by a symmetric product.
+
+Rules for the identity link are ``measure`` (Bayes' rule with Gaussian noise) and ``replace`` (Algorithm 2, lines 23 and
+24, as printed). For the softmax link they are ``fisher``, ``taylor`` and ``replace_softmax`` (as printed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kbt_rl.inference.errors import NotPositiveDefiniteError
+from kbt_rl.inference.moments import Gaussian, softmax_jacobian
+
+Link = Literal["identity", "softmax"]
+
+
+class Conditioning(NamedTuple):
+    """``dm`` of shape ``(r,)``, ``dC = F diag(signs) F'`` with ``F`` of shape ``(r, q)``, and the squared innovation.
+
+    ``nis`` is the normalised innovation squared ``e' P^-1 e`` with the predictive covariance ``P`` of the target:
+    chi-square with as many degrees of freedom as free target entries if the prediction is calibrated.
+    """
+
+    mean_step: Tensor
+    cov_factor: Tensor
+    signs: Tensor
+    innovation: Tensor
+    nis: Tensor
+
+
+class OutputRule(NamedTuple):
+    """A link and the function that conditions on the target of rows ``(B, o)`` with noise covariance ``(o, o)``."""
+
+    link: Link
+    condition: Callable[[Gaussian, Tensor, Tensor], Conditioning]
+
+
+def measure(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
+    """Bayes' rule for ``y = u + noise``: ``dm = (S+R)^-1 (y-m)``, ``dC = -(S+R)^-1``."""
+    innovation = target.flatten() - predicted.mean
+    root = _inverse_root(predicted.cov + _per_row(noise_cov, len(target)), "predicted covariance plus noise")
+    white = root @ innovation
+    return Conditioning(root.mT @ white, root.mT, _minus_ones(innovation), innovation, white @ white)
+
+
+def replace(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
+    """Force the output to ``N(y, Sigma_data)`` as Algorithm 2 prints it: ``dm = S^-1 (y-m)``, ``dC`` by difference.
+
+    This is not Bayes' rule: the covariance grows where ``Sigma_data > S``, and the mean keeps chasing the noise.
+    """
+    innovation = target.flatten() - predicted.mean
+    data_cov = _per_row(noise_cov, len(target))
+    root = _inverse_root(predicted.cov, "predicted covariance, which the rule 'replace' inverts without noise")
+    inverse = root.mT @ root
+    factor, signs = _signed_root(inverse @ data_cov @ inverse - inverse)
+    white = _inverse_root(predicted.cov + data_cov, "predicted covariance plus noise") @ innovation
+    return Conditioning(inverse @ innovation, factor, signs, innovation, white @ white)
+
+
+def fisher(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
+    """Kalman update of the exponential family: ``S+ = (S^-1 + F)^-1``, ``m+ = m + S+ (y-p)``, ``F = diag(p) - p p'``.
+
+    With ``F = T T'`` everything follows from ``I + T' S T``, so neither ``S`` nor ``F`` is inverted. There is no noise
+    to choose; ``noise_cov`` is not used.
+    """
+    probabilities, jacobian = _softmax_rows(predicted, target)
+    innovation = target.flatten() - probabilities.flatten()
+    half = probabilities.sqrt()
+    # F = diag(sqrt p) (I - sqrt p sqrt p') diag(sqrt p), and the bracket is a projector, hence its own square.
+    projector = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device) - half.unsqueeze(-1) * half.unsqueeze(-2)
+    info_root = torch.block_diag(*(half.unsqueeze(-1) * projector))
+    inner = info_root.mT @ predicted.cov @ info_root
+    inner.diagonal().add_(1.0)
+    factor = info_root @ _inverse_root(inner, "I + T' S T of the softmax").mT
+    mean_step = innovation - factor @ (factor.mT @ (predicted.cov @ innovation))
+    return Conditioning(
+        mean_step, factor, _minus_ones(innovation), innovation, _softmax_nis(predicted, jacobian, innovation)
+    )
+
+
+def taylor(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
+    """Measure ``p = softmax(u)`` to first order with noise: ``dm = J' (J S J' + R)^-1 (y-p)``, Eqs. (24) to (33), (37)."""
+    probabilities, jacobian = _softmax_rows(predicted, target)
+    innovation = target.flatten() - probabilities.flatten()
+    full_jacobian = torch.block_diag(*jacobian)
+    predicted_cov = full_jacobian @ predicted.cov @ full_jacobian.mT + _per_row(noise_cov, len(target))
+    root = _inverse_root(predicted_cov, "J S J' + R of the softmax, which the rule 'taylor' inverts")
+    factor = full_jacobian.mT @ root.mT
+    return Conditioning(
+        factor @ (root @ innovation),
+        factor,
+        _minus_ones(innovation),
+        innovation,
+        _softmax_nis(predicted, jacobian, innovation),
+    )
+
+
+# Added to the singular J S J' by the printed softmax rule, the paper's epsilon "that prevents singularity".
+_PRINTED_SOFTMAX_RIDGE = 1e-6
+
+
+def replace_softmax(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
+    """The printed softmax rule: force ``p`` to ``N(y, Sigma_data)``, with ``P = J S J' + epsilon I``; an ablation."""
+    probabilities, jacobian = _softmax_rows(predicted, target)
+    innovation = target.flatten() - probabilities.flatten()
+    full_jacobian = torch.block_diag(*jacobian)
+    predicted_cov = full_jacobian @ predicted.cov @ full_jacobian.mT
+    predicted_cov.diagonal().add_(_PRINTED_SOFTMAX_RIDGE)
+    root = _inverse_root(predicted_cov, "J S J' + epsilon I of the softmax")
+    inverse = root.mT @ root
+    gain = full_jacobian.mT @ inverse
+    change = gain @ (_per_row(noise_cov, len(target)) - predicted_cov) @ gain.mT
+    factor, signs = _signed_root(change)
+    return Conditioning(gain @ innovation, factor, signs, innovation, _softmax_nis(predicted, jacobian, innovation))
+
+
+RULES: dict[str, OutputRule] = {
+    "measure": OutputRule("identity", measure),
+    "replace": OutputRule("identity", replace),
+    "fisher": OutputRule("softmax", fisher),
+    "taylor": OutputRule("softmax", taylor),
+    "replace_softmax": OutputRule("softmax", replace_softmax),
+}
+
+
+def _per_row(cov: Tensor, rows: int) -> Tensor:
+    """``I_B (x) R``."""
+    return cov if rows == 1 else torch.block_diag(*([cov] * rows))
+
+
+def _minus_ones(like: Tensor) -> Tensor:
+    return torch.full_like(like, -1.0)
+
+
+def _inverse_root(matrix: Tensor, name: str) -> Tensor:
+    """``L^-1`` for ``matrix = L L'``; says what is wrong instead of repairing it."""
+    if matrix.shape[-1] == 1:
+        value = float(matrix)
+        if not value > 0.0:
+            raise NotPositiveDefiniteError(name, value)
+        return matrix.rsqrt()
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        finite = bool(torch.isfinite(matrix).all())
+        raise NotPositiveDefiniteError(name, float(torch.linalg.eigvalsh(matrix)[0]) if finite else float("nan"))
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(root, identity, upper=False)
+
+
+def _signed_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``F, signs`` with ``F diag(signs) F'`` equal to the symmetric, possibly indefinite matrix."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+    return vectors * values.abs().sqrt(), values.sign()
+
+
+def _softmax_rows(predicted: Gaussian, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Class probabilities ``(B, o)`` and Jacobians ``(B, o, o)`` at the mean logits."""
+    probabilities = torch.softmax(predicted.mean.view_as(target), dim=-1)
+    return probabilities, softmax_jacobian(probabilities)
+
+
+def _softmax_nis(predicted: Gaussian, jacobian: Tensor, innovation: Tensor) -> Tensor:
+    """``e' (F + J S J')^+ e``: the last class of each row is implied by the others and left out."""
+    full_jacobian = torch.block_diag(*jacobian)
+    cov = full_jacobian + full_jacobian @ predicted.cov @ full_jacobian.mT
+    outputs = jacobian.shape[-1]
+    free = torch.arange(len(innovation), device=innovation.device) % outputs != outputs - 1
+    reduced = cov[free][:, free]
+    return innovation[free] @ torch.linalg.lstsq(reduced, innovation[free].unsqueeze(-1)).solution.squeeze(-1)

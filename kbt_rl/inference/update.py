@@ -1,0 +1,219 @@
+"""One update of the posterior: an increment computed by pure functions, and the one function that applies it.
+
+``increment`` does everything that can fail and changes nothing; ``apply`` is the only mutation and is one in-place
+product of low rank. An increment is small enough to log, send or take back.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kbt_rl.inference import joint, smoother
+from kbt_rl.inference.errors import UpdateError
+from kbt_rl.inference.moments import Gaussian
+from kbt_rl.inference.output import Conditioning, OutputRule
+from kbt_rl.inference.structures import LAYERWISE, LayerShape
+
+# Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
+MAX_JOINT_ROWS = 32
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What of a head never changes: its layers, how the covariance is stored, how moments are propagated.
+
+    Attributes:
+        shapes: Outputs and inputs (bias included) of each layer.
+        structure: ``joint``, ``layer``, ``neuron`` or ``diagonal``.
+        feature_variance: Variance of each feature (the paper's epsilon in line 13 of Algorithm 2).
+        relu_order: Terms of the ReLU's covariance series.
+    """
+
+    shapes: tuple[LayerShape, ...]
+    structure: str
+    feature_variance: float = 0.0
+    relu_order: int = 2
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of weights of each layer."""
+        return [shape.size for shape in self.shapes]
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of the last layer."""
+        return self.shapes[-1].n
+
+
+class HeadState(NamedTuple):
+    """The posterior: all weight means ``(P,)``, layer after layer and neuron by neuron, and the covariance as stored."""
+
+    spec: HeadSpec
+    mean: Tensor
+    cov: tuple[Tensor, ...]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Views of the means as one matrix ``(n_i, k_i)`` a layer."""
+        parts = self.mean.split(self.spec.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.spec.shapes, strict=True)]
+
+    def clone(self) -> HeadState:
+        """An independent copy."""
+        return HeadState(self.spec, self.mean.clone(), tuple(block.clone() for block in self.cov))
+
+    def variances(self) -> Tensor:
+        """Variance of each weight, ``(P,)``."""
+        if self.spec.structure == "joint":
+            offsets = torch.tensor([0, *self.spec.sizes]).cumsum(0).tolist()
+            return torch.cat([panel.diagonal(-offset) for panel, offset in zip(self.cov, offsets, strict=False)])
+        ops = LAYERWISE[self.spec.structure]
+        blocks = [ops.neuron_blocks(block, shape) for block, shape in zip(self.cov, self.spec.shapes, strict=True)]
+        return torch.cat([block.diagonal(dim1=-2, dim2=-1).flatten() for block in blocks])
+
+    def dense_cov(self) -> Tensor:
+        """The full covariance ``(P, P)``, zero where the structure stores nothing; for tests, plots and small heads."""
+        if self.spec.structure == "joint":
+            return torch.cat(self.cov, dim=1)
+        ops = LAYERWISE[self.spec.structure]
+        return torch.block_diag(
+            *(ops.dense(block, shape) for block, shape in zip(self.cov, self.spec.shapes, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class UpdateInfo:
+    """What one update saw, in target units. Variances are those of the targets before the update, averaged.
+
+    Attributes:
+        innovation: Root mean square of target minus predicted mean.
+        nis: Normalised innovation squared, chi-square with ``labels`` degrees of freedom when calibrated.
+        epistemic_variance: Variance from the weights.
+        predictive_variance: Variance from the weights and the noise.
+        smallest_variance: Smallest variance of a weight after the update.
+        labels: Number of scalar targets used; 0 when every label was missing.
+    """
+
+    innovation: float
+    nis: float
+    epistemic_variance: float
+    predictive_variance: float
+    smallest_variance: float
+    labels: int
+
+
+class Increment(NamedTuple):
+    """``mean += mean_step``, ``cov += V diag(signs) V'``; shapes ``(P,)``, ``(P, q)``, ``(q,)``."""
+
+    mean_step: Tensor
+    cov_factor: Tensor
+    signs: Tensor
+    info: UpdateInfo
+
+
+def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
+    """Distribution of the logits of rows ``(..., B, d)`` jointly, and ``Cov(w, u^L)`` of shape ``(..., P, B o)``."""
+    spec, weights = state.spec, state.weights
+    options = {"feature_variance": spec.feature_variance, "relu_order": spec.relu_order}
+    if spec.structure == "joint":
+        return joint.forward(weights, state.cov, features, **options)  # type: ignore[arg-type]
+    ops = LAYERWISE[spec.structure]
+    passed = smoother.forward(ops, weights, state.cov, features, **options)  # type: ignore[arg-type]
+    return passed.output, smoother.cross_cov(ops, weights, passed)
+
+
+def predict_logits(state: HeadState, features: Tensor, chunk: int = 128) -> Gaussian:
+    """Distribution of the logits of each row on its own: mean ``(N, o)`` and covariance ``(N, o, o)``."""
+    parts = [propagate(state, part.unsqueeze(-2))[0] for part in features.split(chunk)]
+    return Gaussian(torch.cat([part.mean for part in parts]), torch.cat([part.cov for part in parts]))
+
+
+def increment(state: HeadState, features: Tensor, target: Tensor, rule: OutputRule, noise_cov: Tensor) -> Increment:
+    """What one joint update on rows ``(B, d)`` with targets ``(B, o)`` would add to the posterior.
+
+    Raises:
+        UpdateError: The update would not be finite or would make a variance negative. Nothing has changed.
+    """
+    output, cross_cov = propagate(state, features)
+    step = rule.condition(output, target, noise_cov)
+    mean_step = cross_cov @ step.mean_step
+    factor = cross_cov @ step.cov_factor
+    variances = state.variances() + (factor * factor) @ step.signs
+    info = _describe(output, step, noise_cov, variances)
+    # One sum finds any NaN or infinity of a vector; inf - inf is NaN.
+    _check(float(mean_step.sum()), info)
+    return Increment(mean_step, factor, step.signs, info)
+
+
+def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, variances: Tensor) -> UpdateInfo:
+    """Collect the record with a single transfer to the host."""
+    epistemic = output.cov.diagonal().mean()
+    values = torch.stack(
+        [
+            step.innovation.square().mean().sqrt(),
+            step.nis,
+            epistemic,
+            epistemic + noise_cov.diagonal().mean(),
+            variances.min(),
+        ]
+    )
+    return UpdateInfo(*values.tolist(), labels=step.innovation.numel())
+
+
+def _check(mean_step: float, info: UpdateInfo) -> None:
+    total = mean_step + info.nis + info.smallest_variance
+    if total - total != 0.0:
+        raise UpdateError(
+            f"the update is not finite (sum of mean steps {mean_step}, NIS {info.nis}, smallest variance "
+            f"{info.smallest_variance}); the posterior is unchanged. Check features and target for huge values."
+        )
+    if info.smallest_variance < 0.0:
+        raise UpdateError(
+            f"the update would make a weight variance negative ({info.smallest_variance:.3g}); the posterior is "
+            "unchanged. The noise variance is too small for the prior variance in float64: raise it."
+        )
+
+
+def apply(state: HeadState, step: Increment) -> None:
+    """Move the posterior in place; an interrupt that arrives meanwhile is delivered afterwards."""
+    with _interrupts_deferred():
+        state.mean.add_(step.mean_step)
+        if state.spec.structure == "joint":
+            joint.downdate_(state.cov, step.cov_factor, step.signs)
+            return
+        ops = LAYERWISE[state.spec.structure]
+        factors = step.cov_factor.split(state.spec.sizes)
+        for block, shape, factor in zip(state.cov, state.spec.shapes, factors, strict=True):
+            ops.downdate_(block, shape, factor, step.signs)
+
+
+def overwrite(state: HeadState, new: HeadState) -> None:
+    """Replace the posterior in place; an interrupt that arrives meanwhile is delivered afterwards."""
+    with _interrupts_deferred():
+        for mine, other in zip((state.mean, *state.cov), (new.mean, *new.cov), strict=True):
+            mine.copy_(other)
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Hold back SIGINT, which Python raises in the main thread only, until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending and callable(before):
+        before(*pending[0])

@@ -1,0 +1,88 @@
+"""What the tests share: one torch thread, and random posteriors that are far from degenerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from kbt_rl.inference.structures import LayerShape
+from kbt_rl.inference.update import HeadSpec, HeadState
+
+STRUCTURES = ("joint", "layer", "neuron", "diagonal")
+
+settings.register_profile("kbt_rl", deadline=None, derandomize=True, database=None)
+settings.load_profile("kbt_rl")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*size: int, seed: int) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64, generator=generator(seed))
+
+
+def random_cov(size: int, seed: int) -> Tensor:
+    """A symmetric positive definite matrix with eigenvalues of order 1."""
+    root = randn(size, 2 * size, seed=seed)
+    cov = root @ root.mT / (2 * size)
+    return 0.5 * (cov + cov.mT)
+
+
+def stored(cov: Tensor, shapes: Sequence[LayerShape], structure: str) -> tuple[Tensor, ...]:
+    """What ``structure`` keeps of the full covariance ``(P, P)`` of all weights."""
+    sizes = [shape.size for shape in shapes]
+    if structure == "joint":
+        return tuple(panel.clone() for panel in cov.split(sizes, dim=1))
+    layers = [rows.split(sizes, dim=1)[i] for i, rows in enumerate(cov.split(sizes))]
+    if structure == "layer":
+        return tuple(layer.clone() for layer in layers)
+    by_weight = zip(layers, shapes, strict=True)
+    if structure == "diagonal":
+        return tuple(layer.diagonal().reshape(shape).clone() for layer, shape in by_weight)
+    blocks = [[layer[j * k : (j + 1) * k, j * k : (j + 1) * k] for j in range(n)] for layer, (n, k) in by_weight]
+    return tuple(torch.stack(neurons) for neurons in blocks)
+
+
+def random_state(
+    layers: int,
+    structure: str = "layer",
+    *,
+    features: int = 3,
+    width: int = 4,
+    outputs: int = 2,
+    variance: float = 0.1,
+    seed: int = 0,
+    **options: Any,
+) -> HeadState:
+    """A posterior with random means and a random, well-conditioned covariance as the structure stores it."""
+    sizes = [features, *[width] * (layers - 1), outputs]
+    shapes = tuple(LayerShape(n, m + 1) for m, n in zip(sizes[:-1], sizes[1:], strict=True))
+    count = sum(shape.size for shape in shapes)
+    cov = variance * random_cov(count, seed + 1)
+    return HeadState(
+        HeadSpec(shapes, structure, **options), randn(count, seed=seed), stored(cov, shapes, structure)
+    )
+
+
+def restructured(state: HeadState, structure: str) -> HeadState:
+    """The same posterior in another structure, as far as that one can store it."""
+    spec = HeadSpec(state.spec.shapes, structure, state.spec.feature_variance, state.spec.relu_order)
+    return HeadState(spec, state.mean.clone(), stored(state.dense_cov(), spec.shapes, structure))
+
+
+def smallest_eigenvalue(matrix: Tensor) -> float:
+    return float(torch.linalg.eigvalsh(matrix)[0])

@@ -1,0 +1,270 @@
+"""Conditioning on the target against the literal matrix formulas, with explicit inverses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import randn, random_cov, smallest_eigenvalue
+from torch import Tensor
+
+from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
+from kbt_rl.inference.moments import Gaussian
+from kbt_rl.inference.output import RULES, Conditioning
+
+inv = torch.linalg.inv
+LINKS = {
+    "measure": "identity",
+    "replace": "identity",
+    "fisher": "softmax",
+    "taylor": "softmax",
+    "replace_softmax": "softmax",
+}
+
+
+class Problem(NamedTuple):
+    predicted: Gaussian
+    target: Tensor
+    noise: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.target)
+
+    @property
+    def all_noise(self) -> Tensor:
+        return torch.block_diag(*[self.noise] * self.rows)
+
+    @property
+    def probabilities(self) -> Tensor:
+        return torch.softmax(self.predicted.mean.view_as(self.target), dim=-1)
+
+    @property
+    def jacobian(self) -> Tensor:
+        return torch.block_diag(*(torch.diag(p) - torch.outer(p, p) for p in self.probabilities))
+
+
+def problem(rows: int, outputs: int, link: str, seed: int = 0, noise_scale: float = 0.5) -> Problem:
+    size = rows * outputs
+    predicted = Gaussian(randn(size, seed=seed), random_cov(size, seed=seed + 1))
+    target = randn(rows, outputs, seed=seed + 2)
+    target = torch.softmax(target, dim=-1) if link == "softmax" else target
+    return Problem(predicted, target, noise_scale * random_cov(outputs, seed=seed + 3))
+
+
+def literal(rule: str, given: Problem) -> tuple[Tensor, Tensor]:
+    """``dm = S^-1 (m+ - m)`` and ``dC = S^-1 (S+ - S) S^-1`` of each rule as it is defined."""
+    mean, cov = given.predicted
+    target, noise, jacobian = given.target.flatten(), given.all_noise, given.jacobian
+    if rule == "measure":
+        gain = cov @ inv(cov + noise)
+        after = Gaussian(mean + gain @ (target - mean), cov - gain @ cov)
+    elif rule == "replace":
+        after = Gaussian(target, noise)
+    elif rule == "fisher":
+        after_cov = inv(inv(cov) + jacobian)
+        after = Gaussian(mean + after_cov @ (target - given.probabilities.flatten()), after_cov)
+    else:
+        error = target - given.probabilities.flatten()
+        through = jacobian @ cov @ jacobian.mT
+        through = through + (noise if rule == "taylor" else 1e-6 * torch.eye(len(cov), dtype=torch.float64))
+        gain = cov @ jacobian.mT @ inv(through)
+        smaller = -through if rule == "taylor" else noise - through
+        after = Gaussian(mean + gain @ error, cov + gain @ smaller @ gain.mT)
+    return inv(cov) @ (after.mean - mean), inv(cov) @ (after.cov - cov) @ inv(cov)
+
+
+def cov_step(step: Conditioning) -> Tensor:
+    return step.cov_factor * step.signs @ step.cov_factor.mT
+
+
+def condition(rule: str, given: Problem) -> Conditioning:
+    return RULES[rule].condition(*given)
+
+
+def assert_relative(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+def test_every_rule_states_its_link() -> None:
+    assert {name: rule.link for name, rule in RULES.items()} == LINKS
+
+
+@pytest.mark.parametrize("rule", LINKS)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_rule_equals_its_literal_formula(rule: str, rows: int, outputs: int) -> None:
+    given = problem(rows, outputs, LINKS[rule])
+    step = condition(rule, given)
+    mean_step, change = literal(rule, given)
+    # P = J S J' + 1e-6 I has a condition number near 1e5, and its inverse enters twice.
+    tolerance = 1e-7 if rule == "replace_softmax" else 1e-10
+    assert_relative(step.mean_step, mean_step, tolerance)
+    assert_relative(cov_step(step), change, tolerance)
+    guess = given.probabilities if LINKS[rule] == "softmax" else given.predicted.mean.view_as(given.target)
+    torch.testing.assert_close(step.innovation, (given.target - guess).flatten(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", ["measure", "replace"])
+def test_scalar_output_takes_the_same_formula(rule: str) -> None:
+    given = problem(1, 1, "identity", seed=10)
+    step = condition(rule, given)
+    mean_step, change = literal(rule, given)
+    assert_relative(step.mean_step, mean_step, 1e-14)
+    assert_relative(cov_step(step), change, 1e-14)
+
+
+@pytest.mark.parametrize("rule", LINKS)
+def test_rule_leaves_prediction_target_and_noise_alone(rule: str) -> None:
+    given = problem(2, 3, LINKS[rule])
+    kept = given.predicted.mean.clone(), given.predicted.cov.clone(), given.target.clone(), given.noise.clone()
+    condition(rule, given)
+    for now, before in zip((*given.predicted, given.target, given.noise), kept, strict=True):
+        assert torch.equal(now, before)
+
+
+@pytest.mark.parametrize("rule", ["measure", "fisher", "taylor"])
+def test_bayesian_rules_only_take_uncertainty_away(rule: str) -> None:
+    given = problem(3, 3, LINKS[rule], seed=20)
+    step = condition(rule, given)
+    cov = given.predicted.cov
+    after = cov + cov @ cov_step(step) @ cov
+    assert bool((step.signs == -1.0).all())
+    assert smallest_eigenvalue(after) > 0.0
+    assert smallest_eigenvalue(cov - after) > -1e-14
+
+
+@pytest.mark.parametrize("rule", ["measure", "fisher", "taylor"])
+def test_a_certain_prediction_takes_no_covariance_step(rule: str) -> None:
+    given = problem(2, 3, LINKS[rule], seed=30)
+    certain = given._replace(predicted=Gaussian(given.predicted.mean, torch.zeros_like(given.predicted.cov)))
+    step = condition(rule, certain)
+    assert bool(torch.isfinite(step.mean_step).all())
+    information = {
+        "measure": -inv(given.all_noise),
+        "fisher": -given.jacobian,
+        "taylor": -given.jacobian @ inv(given.all_noise) @ given.jacobian,
+    }[rule]
+    assert_relative(cov_step(step), information, 1e-12)
+
+
+def test_replace_steps_up_where_the_data_covariance_exceeds_the_prediction() -> None:
+    given = problem(1, 2, "identity", seed=40)
+    larger = given._replace(noise=given.predicted.cov * 3.0)
+    assert_relative(cov_step(condition("replace", larger)), 2.0 * inv(given.predicted.cov), 1e-12)
+
+
+@pytest.mark.parametrize("rule", ["fisher", "taylor"])
+@pytest.mark.parametrize("logit", [30.0, 800.0])
+def test_a_confident_softmax_gives_finite_steps(rule: str, logit: float) -> None:
+    cov = random_cov(3, seed=50)
+    predicted = Gaussian(torch.tensor([logit, 0.0, -logit], dtype=torch.float64), cov)
+    target = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
+    step = RULES[rule].condition(predicted, target, 0.1 * torch.eye(3, dtype=torch.float64))
+    for value in step:
+        assert bool(torch.isfinite(value).all())
+    if rule == "fisher":  # F is nearly 0, so the plain gradient y - p remains; Taylor's stalls with J
+        assert_relative(step.mean_step, torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64), 1e-8)
+    else:
+        assert float(step.mean_step.abs().max()) < 1e-10
+
+
+def test_fisher_ignores_the_noise() -> None:
+    given = problem(2, 3, "softmax", seed=60)
+    other = given._replace(noise=given.noise * 100.0)
+    for mine, theirs in zip(condition("fisher", given), condition("fisher", other), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("rule", ["fisher", "taylor", "replace_softmax"])
+def test_softmax_rules_do_not_see_a_common_shift_of_the_logits(rule: str) -> None:
+    given = problem(2, 3, "softmax", seed=70)
+    shifted = given._replace(predicted=Gaussian(given.predicted.mean + 5.0, given.predicted.cov))
+    torch.testing.assert_close(
+        condition(rule, shifted).mean_step, condition(rule, given).mean_step, rtol=1e-8, atol=1e-10
+    )
+    ones = torch.kron(torch.eye(2, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64))
+    assert float((ones @ cov_step(condition(rule, given))).abs().max()) < 1e-7
+
+
+# Normalised innovation squared
+
+
+@pytest.mark.parametrize("rule", ["measure", "replace"])
+def test_nis_of_the_identity_link_uses_prediction_plus_noise(rule: str) -> None:
+    given = problem(3, 2, "identity", seed=80)
+    error = given.target.flatten() - given.predicted.mean
+    expected = error @ inv(given.predicted.cov + given.all_noise) @ error
+    assert float(condition(rule, given).nis) == pytest.approx(float(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("rule", ["fisher", "taylor", "replace_softmax"])
+def test_nis_of_the_softmax_link_uses_the_pseudo_inverse_of_its_singular_covariance(rule: str) -> None:
+    given = problem(2, 3, "softmax", seed=90)
+    error = (given.target - given.probabilities).flatten()
+    cov = given.jacobian + given.jacobian @ given.predicted.cov @ given.jacobian
+    expected = error @ torch.linalg.pinv(cov, hermitian=True, rtol=1e-12) @ error
+    assert float(condition(rule, given).nis) == pytest.approx(float(expected), rel=1e-8)
+
+
+# Errors
+
+
+def singular(given: Problem) -> Problem:
+    """Two rows that are copies of each other, without noise."""
+    block = given.predicted.cov[:2, :2]
+    cov = torch.cat([torch.cat([block, block], dim=1)] * 2)
+    return given._replace(predicted=Gaussian(given.predicted.mean, cov), noise=torch.zeros_like(given.noise))
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"), [("measure", "predicted covariance plus noise"), ("replace", "which the rule 'replace' inverts")]
+)
+def test_repeated_rows_without_noise_are_refused_with_advice(rule: str, name: str) -> None:
+    with pytest.raises(NotPositiveDefiniteError, match=f"{name}.*not positive definite.*Raise the noise") as caught:
+        condition(rule, singular(problem(2, 2, "identity")))
+    assert isinstance(caught.value, UpdateError)
+    assert caught.value.smallest == pytest.approx(0.0, abs=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(0, 100, 10))
+def test_taylor_without_noise_is_refused_or_takes_the_pseudo_inverse_of_its_singular_covariance(seed: int) -> None:
+    """Whether a matrix that is singular by construction factorises is up to rounding; what comes out is not."""
+    given = problem(1, 3, "softmax", seed=seed)._replace(noise=torch.zeros(3, 3, dtype=torch.float64))
+    jacobian = given.jacobian
+    gain = jacobian @ torch.linalg.pinv(jacobian @ given.predicted.cov @ jacobian, hermitian=True, rtol=1e-12)
+    try:
+        step = condition("taylor", given)
+    except NotPositiveDefiniteError as error:
+        assert "which the rule 'taylor' inverts" in error.name  # noqa: PT017
+        return
+    assert_relative(step.mean_step, gain @ (given.target - given.probabilities).flatten(), 1e-8)
+    assert_relative(cov_step(step), -gain @ jacobian, 1e-8)
+
+
+@pytest.mark.parametrize("rule", ["measure", "replace"])
+@pytest.mark.parametrize("variance", [0.0, -1.0, float("nan")])
+def test_scalar_covariance_that_is_not_positive_is_refused(rule: str, variance: float) -> None:
+    predicted = Gaussian(torch.zeros(1, dtype=torch.float64), torch.full((1, 1), variance, dtype=torch.float64))
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    with pytest.raises(NotPositiveDefiniteError, match="smallest eigenvalue"):
+        RULES[rule].condition(predicted, zero, zero)
+
+
+@pytest.mark.parametrize("rule", LINKS)
+def test_covariance_with_nan_is_told_from_an_indefinite_one(rule: str) -> None:
+    given = problem(1, 3, LINKS[rule])
+    given.predicted.cov[1, 1] = float("nan")
+    with pytest.raises(NotPositiveDefiniteError, match="eigenvalue is nan"):
+        condition(rule, given)
+
+
+def test_indefinite_covariance_is_reported_with_its_eigenvalue() -> None:
+    given = problem(1, 2, "identity")
+    indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
+    with pytest.raises(NotPositiveDefiniteError, match="eigenvalue is -1") as caught:
+        condition("measure", given._replace(predicted=Gaussian(given.predicted.mean, indefinite), noise=0 * indefinite))
+    assert caught.value.smallest == pytest.approx(-1.0)
+    assert "predicted covariance plus noise" in caught.value.name
