@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -70,12 +71,10 @@ def random_state(
 ) -> HeadState:
     """A posterior with random means and a random, well-conditioned covariance as the structure stores it."""
     sizes = [features, *[width] * (layers - 1), outputs]
-    shapes = tuple(LayerShape(n, m + 1) for m, n in zip(sizes[:-1], sizes[1:], strict=True))
+    shapes = tuple(LayerShape(n, m + 1) for m, n in pairwise(sizes))
     count = sum(shape.size for shape in shapes)
     cov = variance * random_cov(count, seed + 1)
-    return HeadState(
-        HeadSpec(shapes, structure, **options), randn(count, seed=seed), stored(cov, shapes, structure)
-    )
+    return HeadState(HeadSpec(shapes, structure, **options), randn(count, seed=seed), stored(cov, shapes, structure))
 
 
 def restructured(state: HeadState, structure: str) -> HeadState:

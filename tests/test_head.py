@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kbt_rl.inference import joint
 from kbt_rl.inference import update as functional
-from kbt_rl.inference.acting import ActingView, acting_view, mean_logits, stack_views, view_mean
+from kbt_rl.inference.acting import ActingView, acting_view, stack_views, view_mean
 from kbt_rl.inference.head import BayesianHead, HeadConfig
 from kbt_rl.inference.structures import LAYERWISE
 from kbt_rl.inference.update import predict_logits
@@ -63,7 +63,10 @@ def regression(
     rows = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
     prior_mean = torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach().flatten()
     information = torch.linalg.inv(noise)
-    precision = torch.kron(information.contiguous(), rows.mT @ rows) + torch.eye(len(prior_mean), dtype=torch.float64) / variance
+    precision = (
+        torch.kron(information.contiguous(), rows.mT @ rows)
+        + torch.eye(len(prior_mean), dtype=torch.float64) / variance
+    )
     cov = torch.linalg.inv(precision)
     return cov @ ((information @ target.mT @ rows).flatten() + prior_mean / variance), cov
 
@@ -74,9 +77,7 @@ def regression(
 )
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("centred", [False, True])
-def test_one_layer_is_bayesian_linear_regression(
-    structure: str, blocks: list[int], seed: int, centred: bool
-) -> None:
+def test_one_layer_is_bayesian_linear_regression(structure: str, blocks: list[int], seed: int, centred: bool) -> None:
     variance, noise, layer = 2.0, 0.3 * random_cov(OUTPUTS, seed=3), linear()
     features, target = labelled(40)
     centre, scale = randn(FEATURES, seed=4), randn(FEATURES, seed=5).exp()
@@ -321,9 +322,7 @@ def test_a_posterior_that_was_cast_is_refused(child: bool) -> None:
     head.update(*labelled(3))
     before = posterior(head)
     model = nn.Sequential(head) if child else head
-    cast = {
-        name: value.float() if value.is_floating_point() else value for name, value in model.state_dict().items()
-    }
+    cast = {name: value.float() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"is torch\.float32 in the file and torch\.float64 in the head"):
         model.load_state_dict(cast)
     assert_identical(posterior(head), before)
@@ -369,7 +368,6 @@ def test_an_acting_view_predicts_the_mean_of_the_full_posterior(
     features = randn(7, FEATURES, seed=40)
     expected = predict_logits(state, features).mean
     torch.testing.assert_close(view_mean(acting_view(state), features), expected, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(mean_logits(state, features), expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -410,11 +408,33 @@ def test_a_view_shares_no_memory_with_the_posterior() -> None:
 
 
 def test_views_stop_at_two_layers_and_the_mean_does_not() -> None:
-    state = random_state(3)
     with pytest.raises(ValueError, match="at most two layers; this one has 3"):
-        acting_view(state)
-    features = randn(2, FEATURES, seed=43)
-    torch.testing.assert_close(mean_logits(state, features), predict_logits(state, features).mean)
+        acting_view(random_state(3))
+    head, features = make_head(layers=3), randn(2, FEATURES, seed=43)
+    head.update(*labelled(4))
+    torch.testing.assert_close(head(features), head.predict(features).mean, rtol=1e-13, atol=0.0)
+
+
+CHANGES: dict[str, Callable[[BayesianHead], object]] = {
+    "update": lambda head: head.update(*labelled(3, seed=50)),
+    "update in blocks": lambda head: head.update(*labelled(40, seed=50)),
+    "apply_increment": lambda head: head.apply_increment(head.increment(*labelled(3, seed=50))),
+    "reset": lambda head: head.reset(torch.ones(OUTPUTS, FEATURES), torch.ones(OUTPUTS)),
+    "load_state_dict": lambda head: head.load_state_dict(make_head(structure=head.spec.structure).state_dict()),
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_mean_follows_every_change_of_the_posterior(structure: str, change: str) -> None:
+    head, features = make_head(structure=structure), randn(4, FEATURES, seed=44)
+    head.update(*labelled(5))
+    before = head(features)
+    CHANGES[change](head)
+    after = head(features)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, head.predict(features).mean, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(after, view_mean(head.view(), features), rtol=1e-12, atol=1e-13)
 
 
 # Interrupts

@@ -60,7 +60,7 @@ def expectation(
     With ``first_is_clipped`` the same holds for ``u_0``.
     """
     mean, cov = inputs.mean.numpy(), inputs.cov.numpy()
-    nodes, weights = np.polynomial.legendre.leggauss(100)
+    nodes, weights = np.polynomial.legendre.leggauss(80)
 
     def grid(index: int, clipped: bool) -> tuple[np.ndarray, np.ndarray]:
         reach = 10.0 * np.sqrt(cov[index, index])
@@ -225,7 +225,7 @@ def test_relu_cov_needs_the_square_in_the_second_term(scale: float) -> None:
 
 @cache
 def exact_covs_on_a_grid(correlation: float) -> tuple[Gaussian, Tensor]:
-    axis = np.linspace(-2.5, 2.5, 11)
+    axis = np.linspace(-2.5, 2.5, 9)
     inputs = [pair((a, b), correlation) for a in axis for b in axis if a <= b]
     stacked = Gaussian(torch.stack([i.mean for i in inputs]), torch.stack([i.cov for i in inputs]))
     return stacked, torch.tensor([exact_relu_cov(i) for i in inputs], dtype=torch.float64)

@@ -111,7 +111,7 @@ def test_a_single_layer_has_no_pairs_to_tie(structure: str) -> None:
 
 
 def test_diagonal_cannot_store_a_tied_prior() -> None:
-    with pytest.raises(ValueError, match="cannot store the correlated weights.*rho=0.*structure='neuron'"):
+    with pytest.raises(ValueError, match=r"cannot store the correlated weights.*rho=0.*structure='neuron'"):
         dense(2, "diagonal", rho=0.5)
 
 

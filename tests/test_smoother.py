@@ -85,12 +85,12 @@ def layerwise_by_loops(state: HeadState, features: Tensor) -> LoopPass:
         u, cov = np.zeros((rows, n)), np.zeros((rows, n, rows, n))
         for b, j in np.ndindex(rows, n):
             u[b, j] = m[j] @ zt[b]
-        for b, j, e, l in np.ndindex(rows, n, rows, n):
-            block = sigma[j, :, l, :]
-            cov[b, j, e, l] = (
+        for b, j, e, i in np.ndindex(rows, n, rows, n):
+            block = sigma[j, :, i, :]
+            cov[b, j, e, i] = (
                 zt[b] @ block @ zt[e]
                 + np.trace(block[:-1, :-1] @ c[e, :, b, :])
-                + m[j, :-1] @ c[b, :, e, :] @ m[l, :-1]
+                + m[j, :-1] @ c[b, :, e, :] @ m[i, :-1]
             )
         if depth < len(shapes) - 1:
             z, c, slope = relu_by_rows(u, cov)
@@ -101,9 +101,7 @@ def layerwise_by_loops(state: HeadState, features: Tensor) -> LoopPass:
         for depth in reversed(range(len(shapes))):
             n_i, k_i = shapes[depth]
             for j in range(n_i):
-                block = sum(
-                    np.outer(sigmas[depth][j, :, l, :] @ inputs[depth][b], jacobian[:, l]) for l in range(n_i)
-                )
+                block = sum(np.outer(sigmas[depth][j, :, i, :] @ inputs[depth][b], jacobian[:, i]) for i in range(n_i))
                 first = starts[depth] + j * k_i
                 cross[first : first + k_i, b] = block
             if depth:
@@ -132,14 +130,14 @@ def joint_by_loops(state: HeadState, features: Tensor) -> LoopPass:
             w = start + j * k + p
             u[b, j] += m[j, p] * z[b, p] + carried[w, b, p]
             cross[:, b, j] += sigma[:, w] * z[b, p] + m[j, p] * carried[:, b, p]
-        for b, j, e, l, p, q in np.ndindex(rows, n, rows, n, k, k):
-            w, v = start + j * k + p, start + l * k + q
+        for b, j, e, i, p, q in np.ndindex(rows, n, rows, n, k, k):
+            w, v = start + j * k + p, start + i * k + q
             ww, zz, wz, zw = sigma[w, v], c[b, p, e, q], carried[w, e, q], carried[v, b, p]
-            cov[b, j, e, l] += (
-                m[j, p] * m[l, q] * zz
+            cov[b, j, e, i] += (
+                m[j, p] * m[i, q] * zz
                 + z[b, p] * z[e, q] * ww
                 + m[j, p] * z[e, q] * zw
-                + z[b, p] * m[l, q] * wz
+                + z[b, p] * m[i, q] * wz
                 + ww * zz
                 + wz * zw
             )
@@ -202,9 +200,7 @@ def test_cross_covariance_tends_to_the_jacobian_of_the_plain_network(structure: 
     cov = state.dense_cov()
     output, cross_cov = propagate(state, features)
     torch.testing.assert_close(cross_cov / variance, cov @ jacobian.mT / variance, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(
-        output.cov / variance, jacobian @ cov @ jacobian.mT / variance, rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(output.cov / variance, jacobian @ cov @ jacobian.mT / variance, rtol=1e-5, atol=1e-7)
 
 
 # Structures against each other

@@ -20,6 +20,9 @@ from kbt_rl.models.decision_transformer import DecisionTransformer
 Array = npt.NDArray[Any]
 Labeller = Callable[[Array], Array]
 
+# Contexts that the mean of the features is taken over.
+_CENTRING_SAMPLES = 4_096
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -30,7 +33,8 @@ class PretrainConfig:
         steps: Gradient steps.
         batch_size: Samples a step.
         learning_rate: Peak of the one-cycle schedule of Adam.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay of the encoder's blocks. Embeddings and the last layer are free of it, so
+            that the features keep every direction of the state while what the task does not need fades.
     """
 
     samples: int = 20_000
@@ -155,7 +159,7 @@ def clone_behaviour(
     max_force: float,
     progress: Callable[[int], None],
 ) -> PretrainInfo:
-    """Train all weights on the squared error in units of the labels' rms; sets the transformer's scales.
+    """Train all weights on the squared error in units of the labels' rms; sets the transformer's buffers.
 
     Args:
         transformer: Trained in place.
@@ -178,7 +182,11 @@ def clone_behaviour(
     device = transformer.action_scale.device
     inputs = [torch.from_numpy(array).to(device) for array in (*demonstrations.context, returns)]
     target = torch.from_numpy(demonstrations.target).float().to(device)
-    optimiser = torch.optim.AdamW(transformer.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    blocks = list(transformer.encoder.parameters())
+    decayed = {id(parameter) for parameter in blocks}
+    free = [parameter for parameter in transformer.parameters() if id(parameter) not in decayed]
+    groups = [{"params": blocks, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, config.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=config.steps)
     transformer.train()
     for _ in range(config.steps):
@@ -191,6 +199,8 @@ def clone_behaviour(
         progress(1)
     transformer.eval()
     with torch.no_grad():
+        some = training[:_CENTRING_SAMPLES]
+        transformer.feature_mean.copy_(transformer.encode(*(tensor[some] for tensor in inputs))[:, -1].mean(0))
         error = _newest_error(transformer, [tensor[held_out] for tensor in inputs], target[held_out])
     rmse = float((error * transformer.action_scale).square().mean().sqrt())
     return PretrainInfo(rmse, rmse * max_force, float(np.sqrt(np.mean(label_rms**2))), len(training))
@@ -199,14 +209,6 @@ def clone_behaviour(
 def _newest_error(transformer: DecisionTransformer, inputs: list[Tensor], target: Tensor) -> Tensor:
     """Error of the newest action in units of the label rms, ``(B, action size)``."""
     return (transformer(*inputs)[:, -1] - target) / transformer.action_scale
-
-
-def mean_features(transformer: DecisionTransformer, demonstrations: Demonstrations) -> Tensor:
-    """Mean of the encoder's features over the demonstrations, ``(width,)``: what the head centres on."""
-    inputs = [torch.from_numpy(array) for array in (*demonstrations.context, demonstrations.returns)]
-    inputs = [tensor[:4096].to(transformer.action_scale.device) for tensor in inputs]
-    with torch.no_grad():
-        return transformer.encode(*inputs)[:, -1].double().mean(0)
 
 
 def progress_bar(enabled: bool) -> Progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,12 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 Array = npt.NDArray[Any]
-Expert = Union[BasePolicy, BaseAlgorithm, Callable[[Array], Array]]
+Expert = BasePolicy | BaseAlgorithm | Callable[[Array], Array]
 
 
-def as_labeller(expert: Expert, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Callable[[Array], Array]:
+def as_labeller(
+    expert: Expert, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+) -> Callable[[Array], Array]:
     """A function from observations ``(n, o)`` to labels ``(n, a)``, float64, unclipped where the expert offers that.
 
     An expert with a method ``label`` (as ``LQRExpert``) is asked through it; other SB3 policies and algorithms through
@@ -59,7 +61,12 @@ def as_labeller(expert: Expert, observation_space: spaces.Space[Any], action_spa
 
 def env_attribute(env: VecEnv, name: str, default: Any) -> Any:
     """An attribute of the first sub-environment, through its wrappers; ``default`` where there is none."""
-    try:
-        return env.get_attr(name, 0)[0]
-    except AttributeError:
-        return default
+    return env.get_attr(name, 0)[0] if env.has_attr(name) else default  # asking in vain kills a SubprocVecEnv's worker
+
+
+def max_force(env: VecEnv) -> float:
+    """Newtons that an action of 1 stands for, which the environment or its ``params`` state; NaN where neither does."""
+    stated = env_attribute(env, "max_force", None)
+    if stated is None:
+        stated = getattr(env_attribute(env, "params", None), "max_force", None)
+    return float("nan") if stated is None else float(stated)

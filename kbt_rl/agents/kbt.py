@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 from torch import Tensor
 
-from kbt_rl.agents.behaviour_cloning import Array, Demonstrations, mean_features
+from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo
@@ -35,7 +35,7 @@ class KBTInfo(LearnerInfo):
 
 
 class KBT(OnlineAlgorithm):
-    """Kalman Bayesian Transformer as an SB3 algorithm (arXiv:2509.10695, Algorithm 2 with the changes the README lists).
+    """Kalman Bayesian Transformer as an SB3 algorithm (arXiv:2509.10695, Algorithm 2, changed as the README lists).
 
     The encoder is frozen after ``pretrain``; the posterior over the last layers moves with each ``update``. No sample
     is stored. ``learn`` rolls the mean policy out while a ``KalmanAdapter`` callback provides the samples.
@@ -79,10 +79,9 @@ class KBT(OnlineAlgorithm):
                 f"KBT needs a DecisionTransformerPolicy, whose head is Bayesian; got {type(self.policy).__name__}"
             )
 
-    def _after_pretraining(self, data: Demonstrations) -> None:
-        """The prior: a head that reproduces the pre-trained layer, on features centred as in pre-training."""
-        self.policy.reset_head(feature_mean=mean_features(self.policy.transformer, data))
-        self.labels_used = 0
+    def _after_pretraining(self) -> None:
+        """Start from the prior: a head that reproduces the pre-trained layer."""
+        self.policy.reset_head()
 
     def _update(self, context: ContextWindow, target: Array, features: Tensor | None) -> KBTInfo:
         if features is None:

@@ -33,7 +33,7 @@ def lqr_gain(
         R: Force cost, a positive number or ``(1, 1)``; 1 by default.
 
     Returns:
-        The gain, ``(1, 4)``. All its entries are negative: a pole that leans to the right is caught by a push to the right.
+        The gain, ``(1, 4)``. Its entries are negative: a pole that leans to the right is caught by a push to the right.
 
     Raises:
         ValueError: Q or R is not as described, or no gain stabilises the plant at a finite cost.
@@ -44,9 +44,9 @@ def lqr_gain(
     try:
         gain, _, poles = control.lqr(*linearize(params), state_cost, force_cost)
     except (np.linalg.LinAlgError, control.ControlArgument, ValueError) as error:
-        raise ValueError(f"no stabilising gain exists for {params} with Q={Q} and R={R}: {error}") from error
+        raise ValueError(f"no stabilising gain exists for {params} with Q={Q!r} and R={R!r}: {error}") from error
     if not np.all(np.real(poles) < 0):
-        raise ValueError(f"the best gain for {params} with Q={Q} and R={R} does not stabilise it: poles {poles}")
+        raise ValueError(f"the best gain for {params} with Q={Q!r} and R={R!r} does not stabilise it: poles {poles}")
     return np.asarray(gain, dtype=np.float64)
 
 
@@ -118,9 +118,10 @@ class LQRExpert(BasePolicy):
     def gain(self) -> FloatArray:
         """The gain, ``(1, 4)``: force = -gain @ state, in newtons. Of a tracking expert the current one."""
         if self._tracker is None:
-            return self._gain.copy()
-        _common(self._tracker.params, "parameters")
-        return self._tracker.gains[0].copy()
+            return np.array(self._gain)
+        gains = self._tracker.gains
+        _common(self._tracker.solved_for, "parameters")
+        return np.array(gains[0])
 
     def label(self, observations: npt.ArrayLike) -> FloatArray:
         """The expert's actions, not clipped to the action space, in float64.
@@ -135,7 +136,8 @@ class LQRExpert(BasePolicy):
             ValueError: The observations have another shape or are not finite.
         """
         states = _check_observations(observations)
-        return -np.einsum("...ij,...j->...i", self._gains_for(states), states) / self.max_force
+        forces: FloatArray = -np.einsum("...ij,...j->...i", self._gains_for(states), states)
+        return forces / self.max_force
 
     def predict(
         self,
@@ -173,9 +175,10 @@ class LQRExpert(BasePolicy):
         """Gain of each row, ``(n, 1, 4)``, or the one for all, ``(1, 4)``."""
         if self._tracker is None:
             return self._gain
-        gains, plants = self._tracker.gains, set(self._tracker.params)
+        gains = self._tracker.gains
+        plants = set(self._tracker.solved_for)
         if len(plants) == 1:
-            return gains[0]
+            return np.asarray(gains[0])
         if states.shape != (len(gains), 4):
             raise ValueError(
                 f"the {len(gains)} sub-environments have {len(plants)} different plants, so one observation of each is "
@@ -198,7 +201,7 @@ class _GainTracker:
 
     def __init__(self, env: AnyEnv, Q: npt.ArrayLike | None, R: npt.ArrayLike | None) -> None:
         self._env, self._Q, self._R = env, Q, R
-        self._solved_for: Params = ()
+        self.solved_for: Params = ()
         self._gains = np.empty((0, 1, 4))
 
     @property
@@ -210,9 +213,9 @@ class _GainTracker:
     def gains(self) -> FloatArray:
         """The gain of each sub-environment, ``(num_envs, 1, 4)``."""
         params = self.params
-        if params != self._solved_for:
+        if params != self.solved_for:
             solved = {plant: lqr_gain(plant, self._Q, self._R) for plant in set(params)}
-            self._gains, self._solved_for = np.stack([solved[plant] for plant in params]), params
+            self._gains, self.solved_for = np.stack([solved[plant] for plant in params]), params
         return self._gains
 
 
@@ -250,9 +253,9 @@ def _common(values: tuple[Any, ...], what: str) -> Any:
 def _check_state_cost(Q: npt.ArrayLike | None) -> FloatArray:
     cost = np.eye(4) if Q is None else np.asarray(Q, dtype=np.float64)
     if cost.shape != (4, 4) or not np.all(np.isfinite(cost)):
-        raise ValueError(f"Q must be a finite matrix of shape (4, 4), got shape {cost.shape}: {Q}")
+        raise ValueError(f"Q must be a finite matrix of shape (4, 4), got shape {cost.shape}: {Q!r}")
     if not np.allclose(cost, cost.T):
-        raise ValueError(f"Q must be symmetric, got {Q}; use (Q + Q.T) / 2")
+        raise ValueError(f"Q must be symmetric, got {Q!r}; use (Q + Q.T) / 2")
     lowest = np.linalg.eigvalsh(cost)[0]
     if lowest < -1e-9 * np.abs(cost).max():
         raise ValueError(f"Q must be positive semidefinite, its lowest eigenvalue is {lowest:.3g}")
@@ -269,7 +272,7 @@ def _check_force_cost(R: npt.ArrayLike | None) -> FloatArray:
 def _check_gain(gain: npt.ArrayLike) -> FloatArray:
     values = np.array(gain, dtype=np.float64)
     if values.shape != (1, 4) or not np.all(np.isfinite(values)):
-        raise ValueError(f"the gain must be finite and of shape (1, 4), got shape {values.shape}: {gain}")
+        raise ValueError(f"the gain must be finite and of shape (1, 4), got shape {values.shape}: {gain!r}")
     return values
 
 

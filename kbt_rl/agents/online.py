@@ -18,13 +18,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.utils import check_for_correct_spaces, safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from kbt_rl.agents import behaviour_cloning as cloning
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
-from kbt_rl.agents.experts import Expert, as_labeller, env_attribute
+from kbt_rl.agents.experts import Expert, as_labeller, env_attribute, max_force
 from kbt_rl.agents.policies import DecisionTransformerPolicy, TransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled_rows
 from kbt_rl.models.context import ContextWindow, with_action
@@ -95,7 +95,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         self._features: Tensor | None = None
         if self.env is not None:
             self.label_space = _label_space(self.env)
-            self.max_force = env_attribute(self.env, "max_force", float("nan"))
+            self.max_force = max_force(self.env)
         if _init_setup_model:
             self._setup_model()
 
@@ -103,16 +103,21 @@ class OnlineAlgorithm(BaseAlgorithm):
     def _check_policy(cls, policy: str | type[BasePolicy]) -> None:
         if isinstance(policy, str) and policy not in cls.policy_aliases:
             raise ValueError(f"{cls.__name__} has no policy {policy!r}; choose one of {', '.join(cls.policy_aliases)}")
+        if isinstance(policy, type) and not issubclass(policy, TransformerPolicy):
+            raise TypeError(f"{cls.__name__} needs a TransformerPolicy; {policy.__name__} is not one")
 
     def _setup_model(self) -> None:
+        if not hasattr(self, "observation_space"):
+            raise ValueError(f"{type(self).__name__} takes its spaces from an environment; pass env")
+        if self.env is not None:  # a loaded model may come with another one
+            self._check_action_scale(self.env)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         arguments = dict(self.policy_kwargs)
         if "observation_scale" not in arguments and self.label_space is not None:
             arguments["observation_scale"] = np.maximum(np.abs(self.label_space.low), np.abs(self.label_space.high))
         policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **arguments)
-        if not isinstance(policy, TransformerPolicy):
-            raise TypeError(f"{type(self).__name__} needs a TransformerPolicy; {type(policy).__name__} is not one")
+        assert isinstance(policy, TransformerPolicy)
         self.policy = policy.to(self.device)
 
     # ------------------------------------------------------------------ learning
@@ -179,16 +184,36 @@ class OnlineAlgorithm(BaseAlgorithm):
                 data = cloning.rollout_demonstrations(
                     labeller, self.env, config.samples, length, lambda n: bar.advance(task, n)
                 )
+                self._last_obs = self._context = None  # the expert has moved the environment on
             steps = bar.add_task("behaviour cloning", total=config.steps)
             info = cloning.clone_behaviour(
                 self.policy.transformer, data, config, rng, self.max_force, lambda n: bar.advance(steps, n)
             )
         self.policy.set_training_mode(False)
-        self._after_pretraining(data)
-        self.pretrain_info = info
+        self.pretrain_info, self.labels_used = info, 0
+        self._after_pretraining()
         return info
 
-    def _after_pretraining(self, data: cloning.Demonstrations) -> None:
+    def start_from(self, other: OnlineAlgorithm) -> None:
+        """Take over the pre-trained transformer of another learner; what this one had learned is forgotten.
+
+        Raises:
+            ValueError: The transformers differ in size or context, or the learners in spaces or action scale.
+        """
+        mine, theirs = self.policy.transformer_config, other.policy.transformer_config
+        if mine != theirs:
+            raise ValueError(f"the transformers differ: this learner has {mine}, the other {theirs}")
+        for name in ("observation_space", "action_space"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"this learner's {name} is {getattr(self, name)}, the other's {getattr(other, name)}")
+        if self.env is not None:
+            other._check_action_scale(self.env)
+        self.policy.transformer.load_state_dict(other.policy.transformer.state_dict())
+        self.label_space, self.max_force = other.label_space, other.max_force
+        self.pretrain_info, self.labels_used = other.pretrain_info, 0
+        self._after_pretraining()
+
+    def _after_pretraining(self) -> None:
         """Hook for what a subclass derives from the pre-trained network."""
 
     def _require_label_space(self) -> spaces.Box:
@@ -254,16 +279,18 @@ class OnlineAlgorithm(BaseAlgorithm):
 
     def _on_rollout_start(self) -> None:
         """Encode the first observation of a run; later ones were encoded when they arrived."""
-        if self._context is None or self._features is None:
+        if self._context is None:
             assert isinstance(self._last_obs, np.ndarray)
             self._context = self.policy.start(self._last_obs)
+        if self._features is None:
             self._features = self.policy.encode(self._context)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         before = self._last_obs
         out = super()._setup_learn(*args, **kwargs)
+        self._features = None  # the encoder may have changed since
         if self._last_obs is not before:  # the environment was reset
-            self._context = self._features = None
+            self._context = None
         return out
 
     def dump_logs(self) -> None:
@@ -292,20 +319,27 @@ class OnlineAlgorithm(BaseAlgorithm):
             ValueError: Other spaces, or an action of 1 stands for another force than the policy was trained with.
         """
         wrapped = self._wrap_env(env, self.verbose)
-        max_force = env_attribute(wrapped, "max_force", float("nan"))
-        if np.isfinite(self.max_force) and np.isfinite(max_force) and max_force != self.max_force:
-            raise ValueError(
-                f"an action of 1 is {max_force} N in the new environment and {self.max_force} N in the one the policy "
-                f"was trained in; make the environment with max_force={self.max_force}"
-            )
+        check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
+        self._check_action_scale(wrapped)
         self.n_envs = wrapped.num_envs
         super().set_env(wrapped, force_reset)
+        if force_reset and self.seed is not None:
+            wrapped.seed(self.seed)
         self._last_obs = None if force_reset else self._last_obs
         self._context = self._features = None
         if self.label_space is None:
             self.label_space = _label_space(wrapped)
         if not np.isfinite(self.max_force):
-            self.max_force = max_force
+            self.max_force = max_force(wrapped)
+
+    def _check_action_scale(self, env: VecEnv) -> None:
+        """Raise ValueError if an action of 1 stands for another force in ``env`` than the policy was trained with."""
+        found = max_force(env)
+        if np.isfinite(self.max_force) and np.isfinite(found) and found != self.max_force:
+            raise ValueError(
+                f"an action of 1 is {found} N in the new environment and {self.max_force} N in the one the policy "
+                f"was trained in; make the environment with max_force={self.max_force}"
+            )
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_context", "_features"]

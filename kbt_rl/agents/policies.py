@@ -5,6 +5,7 @@ Both carry their context through the ``state`` argument of ``predict`` and keep 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -56,7 +57,9 @@ class TransformerPolicy(BasePolicy):
         *,
         transformer: DecisionTransformerConfig | None = None,
         observation_scale: npt.ArrayLike | None = None,
+        **unknown: Any,
     ) -> None:
+        _check_keywords(type(self).__name__, unknown)
         _check_box("observation space", observation_space)
         _check_box("action space", action_space)
         super().__init__(observation_space, action_space)
@@ -85,15 +88,19 @@ class TransformerPolicy(BasePolicy):
         observations = self.check_observations(observations)
         return start_window(observations, self.transformer_config.context_length, self.action_size)
 
-    def advance(self, context: ContextWindow, observations: Array, episode_start: npt.NDArray[np.bool_]) -> ContextWindow:
+    def advance(
+        self, context: ContextWindow, observations: Array, episode_start: npt.NDArray[np.bool_]
+    ) -> ContextWindow:
         """Contexts one step on; rows where ``episode_start`` is set begin anew."""
+        self._check_context(context)
         return advance_window(context, self.check_observations(observations), episode_start)
 
     def encode(self, context: ContextWindow) -> Tensor:
         """Features of the newest step of each context, ``(n, width)``: T1 of the paper, without gradient."""
         with torch.inference_mode():
-            tensors = (torch.from_numpy(array).to(self.device) for array in context)
-            return self.transformer.encode(*tensors)[:, -1]
+            observations, actions, timesteps = (torch.from_numpy(array).to(self.device) for array in context)
+            dtype = self.transformer.observation_scale.dtype  # the encoder may be cast, by .half() for one
+            return self.transformer.encode(observations.to(dtype), actions.to(dtype), timesteps)[:, -1]
 
     def act(self, features: Tensor) -> Array:
         """Mean actions for encoded contexts, ``(n, action size)``, unclipped float64."""
@@ -130,7 +137,7 @@ class TransformerPolicy(BasePolicy):
             raise ValueError("this policy takes flat observations; wrap the environment in FlattenObservation")
         self.set_training_mode(False)
         array = np.asarray(observation)
-        batched = array.reshape(-1, self.observation_size) if array.ndim == 1 and array.size else array
+        batched = array[np.newaxis] if array.ndim == 1 else array
         if state is None:
             context = self.start(batched)
         else:
@@ -161,6 +168,40 @@ class TransformerPolicy(BasePolicy):
                 f"[{space.low}, {space.high}]; check the sensor, or widen the space"
             )
         return array
+
+    def _check_context(self, context: ContextWindow) -> None:
+        """Raise ValueError unless the context is one of this policy."""
+        length = self.transformer_config.context_length
+        expected = {"observations": (length, self.observation_size), "actions": (length, self.action_size)}
+        for name, shape in expected.items():
+            found = np.shape(getattr(context, name))
+            if found[1:] != shape:
+                raise ValueError(f"the context's {name} have shape {found}; expected (n, {shape[0]}, {shape[1]})")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over saved weights and buffers, all or none.
+
+        Raises:
+            RuntimeError: They are of another architecture or dtype; nothing has changed.
+        """
+        for name, own in self.state_dict().items():
+            loaded = state_dict.get(name, own)
+            if loaded.shape != own.shape:
+                raise RuntimeError(
+                    f"{name} has shape {tuple(loaded.shape)} in the checkpoint and {tuple(own.shape)} in this policy, "
+                    "which has another architecture; see policy_kwargs"
+                )
+            if loaded.dtype != own.dtype and own.dtype == torch.float64:
+                raise RuntimeError(
+                    f"{name} is {loaded.dtype} in the checkpoint; a posterior that was cast is of no use"
+                )
+        names = self.state_dict().keys()
+        if strict and names != state_dict.keys():
+            raise RuntimeError(
+                f"the checkpoint is of another architecture: it lacks {sorted(names - state_dict.keys())} and has "
+                f"{sorted(state_dict.keys() - names)} besides"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, Tensor)
@@ -195,6 +236,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
         observation_scale: npt.ArrayLike | None = None,
         head: HeadConfig | None = None,
         sampling: Sampling = "epistemic",
+        **unknown: Any,
     ) -> None:
         super().__init__(
             observation_space,
@@ -202,6 +244,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
             lr_schedule,
             transformer=transformer,
             observation_scale=observation_scale,
+            **unknown,
         )
         if sampling not in ("epistemic", "predictive"):
             raise ValueError(f"sampling is {sampling!r}; choose 'epistemic' or 'predictive'")
@@ -216,19 +259,13 @@ class DecisionTransformerPolicy(TransformerPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "head": self.head_config, "sampling": self.sampling}
 
-    def reset_head(self, feature_mean: Tensor | None = None, feature_scale: Tensor | None = None) -> None:
-        """Start the posterior anew from the transformer's last layer.
-
-        Args:
-            feature_mean: Mean of the features in pre-training, ``(width,)``; 0 if None.
-            feature_scale: Their scale, ``(width,)``; 1 if None.
-        """
+    def reset_head(self) -> None:
+        """Start the posterior anew: the prior reproduces the transformer's last layer, on centred features."""
         linear, scale = self.transformer.linear, self.transformer.action_scale
         self.head.reset(
             linear.weight * scale.unsqueeze(-1),
             linear.bias * scale,
-            feature_mean=feature_mean,
-            feature_scale=feature_scale,
+            feature_mean=self.transformer.feature_mean,
             target_scale=scale,
         )
 
@@ -272,6 +309,16 @@ def _as_window(state: tuple[Array, ...]) -> ContextWindow:
     if len(state) != len(ContextWindow._fields):
         raise ValueError(f"state has {len(state)} arrays; expected the ContextWindow that predict returned")
     return ContextWindow(*state)
+
+
+def _check_keywords(policy: str, unknown: dict[str, Any]) -> None:
+    if "use_sde" in unknown:  # what PPO and A2C pass to every policy
+        raise TypeError(
+            f"{policy} has no value function and no log-probabilities, which PPO and A2C need; use it with KBT or "
+            "WarmStart, and an ActorCriticPolicy with them"
+        )
+    if unknown:
+        raise TypeError(f"{policy} takes no argument {', '.join(map(repr, unknown))}")
 
 
 def _check_box(name: str, space: spaces.Space[Any]) -> None:

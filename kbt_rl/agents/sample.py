@@ -46,7 +46,9 @@ class LearnerInfo:
     innovation: float
 
 
-def labelled_rows(target: npt.NDArray[Any], mask: npt.NDArray[np.bool_] | None, rows: int, size: int) -> npt.NDArray[Any]:
+def labelled_rows(
+    target: npt.NDArray[Any], mask: npt.NDArray[np.bool_] | None, rows: int, size: int
+) -> npt.NDArray[Any]:
     """Check a target against ``rows`` contexts and ``size`` action entries; returns indices of the labelled rows.
 
     Raises:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo
 from kbt_rl.models.context import ContextWindow
 
@@ -79,6 +80,18 @@ class WarmStart(OnlineAlgorithm):
             policy, env, n_steps, policy_kwargs, stats_window_size, tensorboard_log, verbose, seed, device,
             _init_setup_model,
         )  # fmt: skip
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if isinstance(self.policy, DecisionTransformerPolicy):
+            raise TypeError(
+                "WarmStart trains the transformer's own last layer, and a DecisionTransformerPolicy acts with its "
+                "Bayesian head instead; use TransformerPolicy"
+            )
+
+    def _after_pretraining(self) -> None:
+        """Forget samples that waited for a training."""
+        self._stored = []
 
     def _update(self, context: ContextWindow, target: Array, features: Tensor | None) -> WarmStartInfo:
         if features is None:

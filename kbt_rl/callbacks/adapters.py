@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.callbacks import BaseCallback
 
-from kbt_rl.agents.experts import Expert, as_labeller, env_attribute
+from kbt_rl.agents.experts import Expert, as_labeller, env_attribute, max_force
 from kbt_rl.agents.kbt import KBT, KBTInfo
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import LearnerInfo, Sample
@@ -68,8 +69,9 @@ class OnlineAdapter(BaseCallback):
 
     def _check_plant(self, expert: Expert) -> None:
         """An expert of another plant, or of another force limit, is almost always a mistake."""
-        for name in ("max_force", "params"):
-            own, plant = getattr(expert, name, None), env_attribute(self.training_env, name, None)
+        limit, params = max_force(self.training_env), env_attribute(self.training_env, "params", None)
+        for name, plant in (("max_force", None if np.isnan(limit) else limit), ("params", params)):
+            own = getattr(expert, name, None)
             if own is not None and plant is not None and own != plant:
                 raise ValueError(
                     f"the expert was made for {name}={own} and the training environment has {plant}; use "
@@ -110,7 +112,9 @@ class KalmanAdapter(OnlineAdapter):
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, KBT):
-            raise TypeError(f"KalmanAdapter reads the posterior of KBT; use OnlineAdapter for {type(self.model).__name__}")
+            raise TypeError(
+                f"KalmanAdapter reads the posterior of KBT; use OnlineAdapter for {type(self.model).__name__}"
+            )
         super()._init_callback()
 
     def _record(self, info: LearnerInfo) -> None:

@@ -123,6 +123,16 @@ class RecordedStream(SampleStream):
             raise ValueError(f"{len(observations)} observations and {len(targets)} targets; one of each a sample")
         self.observations, self.targets = np.asarray(observations), np.asarray(targets)
 
+    def check(self, model: OnlineAlgorithm) -> None:
+        """Observations and targets must have the model's sizes."""
+        sizes = (
+            ("observations", self.observations, model.policy.observation_size),
+            ("targets", self.targets, model.policy.action_size),
+        )
+        for name, array, size in sizes:
+            if array.ndim != 2 or array.shape[1] != size:
+                raise ValueError(f"the recorded {name} have shape {array.shape}; expected (N, {size})")
+
     def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch | None:
         """See ``SampleStream``; None once the recording has ended."""
         rows = slice(model.stream_position, model.stream_position + model.n_envs)

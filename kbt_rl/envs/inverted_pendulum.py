@@ -34,15 +34,16 @@ SETTLED_BOX = (1.0, 0.5, 0.05, 0.1)
 OBSERVATION_BOX = (1e4, 2e3, 2 * math.pi, 100.0)
 """Bounds of the observation space.
 
-120 N for 10 s give a total mass of 1.1 kg a speed of 1090 m/s over 5455 m at most, by its momentum. Crossing the upright
-half-plane takes the nominal pole to about 30 rad/s, hence to 0.6 rad beyond horizontal in the step that ends the episode.
+By its momentum, a total mass of 1.1 kg gets no faster than 1090 m/s and no farther than 5455 m by 120 N in 10 s.
+Swinging over the upright half-plane takes the nominal pole to some 30 rad/s, hence to 0.6 rad beyond horizontal in the
+step that ends the episode.
 """
 _SUBSTEPS = 2
 
 
 @dataclass(frozen=True)
 class InvertedPendulumParams:
-    """Physical parameters of one cart-pole. A changed plant is a new value: ``dataclasses.replace(params, pole_mass=1)``.
+    """Physical parameters of one cart-pole. A changed plant is a new value: ``replace(params, pole_mass=1.0)``.
 
     Attributes:
         cart_mass: kg.
@@ -67,7 +68,7 @@ class InvertedPendulumParams:
             value = getattr(self, field.name)
             if not isinstance(value, numbers.Real):
                 raise TypeError(f"{field.name} must be a real number, got {value!r} of type {type(value).__name__}")
-            if not (math.isfinite(value) and value > 0):
+            if not (math.isfinite(value) and float(value) > 0):
                 raise ValueError(f"{field.name} must be positive and finite, got {value!r}; pass a value in SI units")
             object.__setattr__(self, field.name, float(value))  # plain floats serialise and compare
 
@@ -88,7 +89,7 @@ class InvertedPendulumParams:
 
 
 class PlantArrays(NamedTuple):
-    """The constants of many plants for the equations of motion, one value per row of the state."""
+    """The constants of many plants for the equations of motion, each ``(n,)``."""
 
     cart_mass: FloatArray
     pole_mass: FloatArray
@@ -124,7 +125,9 @@ def dynamics(state: FloatArray, force: float | FloatArray, params: Plant) -> Flo
     total_mass = params.cart_mass + params.pole_mass
     moment = params.pole_mass * params.pole_half_length
     push = (force + moment * theta_dot**2 * sin) / total_mass
-    inertia = params.pole_half_length * (4.0 / 3.0 - params.pole_mass * cos**2 / total_mass)  # over the moment
+    inertia = params.pole_half_length * (
+        4.0 / 3.0 - params.pole_mass * cos**2 / total_mass
+    )  # of the rod, over its moment
     theta_acc = (params.gravity * sin - cos * push) / inertia
     x_acc = push - moment * theta_acc * cos / total_mass
 
@@ -140,14 +143,7 @@ def rk4_step(state: FloatArray, force: float | FloatArray, params: Plant, dt: fl
     +-(2, 2, 1.5, 3) with up to 120 N: error 5e-9 in the median, 8e-6 at worst (one step: 7e-8 and 1e-4). Ten seconds of
     free fall conserve energy to 1e-7 of its value.
 
-    Args:
-        state: ``(..., 4)``.
-        force: ``(...)``, N.
-        params: The plant.
-        dt: Seconds.
-
-    Returns:
-        The new state, ``(..., 4)``; ``state`` is left alone.
+    The arguments and shapes are those of :func:`dynamics`; ``dt`` is in seconds, ``state`` is left alone.
     """
     h = dt / _SUBSTEPS
     for _ in range(_SUBSTEPS):
@@ -188,17 +184,18 @@ def is_upright(state: FloatArray) -> BoolArray:
 
 
 def is_settled(state: FloatArray) -> BoolArray:
-    """Whether the plant is near rest at the origin, see :data:`SETTLED_BOX`; ``state`` ``(..., 4)``, result ``(...)``."""
+    """Whether the plant is near rest at the origin (:data:`SETTLED_BOX`); ``state`` ``(..., 4)``, result ``(...)``."""
     return np.asarray(np.all(np.abs(state) < np.array(SETTLED_BOX), axis=-1))
 
 
 def has_ended(state: FloatArray) -> BoolArray:
     """Whether the pole fell or the state left the observation space; ``state`` ``(..., 4)``, result ``(...)``."""
-    return ~(is_upright(state) & np.all(np.abs(state) <= np.array(OBSERVATION_BOX), axis=-1))
+    inside = np.all(np.abs(state) <= np.array(OBSERVATION_BOX), axis=-1)
+    return np.asarray(~(is_upright(state) & inside))
 
 
 def observe(state: FloatArray) -> Observation:
-    """Observation of a state, ``(..., 4)`` float32, clipped to the observation space, which an ending step may leave."""
+    """Observation of a state, ``(..., 4)`` float32, clipped to its space, which the last step may leave."""
     bounds = np.array(OBSERVATION_BOX)
     return np.clip(state, -bounds, bounds).astype(np.float32)
 
@@ -235,10 +232,10 @@ def check_start(options: dict[str, Any] | None, shape: tuple[int, ...]) -> Float
         raise ValueError(f"options['state'] must have shape {shape} (or {shape[-1:]}), got {state.shape}")
     if np.any(has_ended(state)):
         raise ValueError(f"options['state'] must be upright and within +-{OBSERVATION_BOX} to start from, got {state}")
-    return np.broadcast_to(state, shape).copy()
+    return np.array(np.broadcast_to(state, shape))
 
 
-class InvertedPendulumEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
+class InvertedPendulumEnv(gym.Env[npt.NDArray[Any], npt.NDArray[Any]]):
     r"""Balance a pole on a cart, with dynamics that can be changed at any time.
 
     ## Description
@@ -265,7 +262,7 @@ class InvertedPendulumEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     `1 / (1 + s's + u^2)`, in (0, 1], with the state `s` in which the action is taken and the force `u` in newtons.
 
     ## Info
-    `reset` and `step` give `is_success` (the pole never fell and is now settled: |x| < 1, |x_dot| < 0.5, |theta| < 0.05,
+    `reset` and `step` give `is_success` (never fell and settled now: |x| < 1, |x_dot| < 0.5, |theta| < 0.05,
     |theta_dot| < 0.1), `cost` (`(s's + u^2) dt` of the step, 0 after a reset) and `dynamics` (the current `cart_mass`,
     `pole_mass` and `pole_half_length`).
 
@@ -273,8 +270,8 @@ class InvertedPendulumEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     Uniform within +-(1 m, 0.5 m/s, 0.2 rad, 0.2 rad/s), or `reset(options={"state": [x, x_dot, theta, theta_dot]})`.
 
     ## Episode End
-    1. Termination: the pole falls below horizontal, |theta| > pi / 2, or the state leaves the observation space; the last
-       observation is then clipped to it. The cart's position ends no episode within these bounds.
+    1. Termination: the pole falls below horizontal, |theta| > pi / 2, or the state leaves the observation space; the
+       last observation is then clipped to it. The cart's position ends no episode within these bounds.
     2. Truncation: after 500 steps, that is 10 s at 50 Hz (by `gymnasium.make`).
 
     ## Arguments
@@ -284,7 +281,7 @@ class InvertedPendulumEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     `env.env_method("set_dynamics", pole_mass=1.0)`.
 
     ## Vectorized environment
-    `gymnasium.make_vec(id, num_envs)` gives :class:`kbt_rl.envs.InvertedPendulumVectorEnv`, which steps thousands at once.
+    `gymnasium.make_vec(id, num_envs)` gives an `InvertedPendulumVectorEnv`, which steps thousands at once.
 
     ## Version History
     * v0: Initial version.
@@ -320,7 +317,7 @@ class InvertedPendulumEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     @property
     def state(self) -> FloatArray:
         """A copy of the current state in full precision, ``(4,)``."""
-        return self._current_state().copy()
+        return np.array(self._current_state())
 
     def set_dynamics(
         self,
@@ -355,7 +352,7 @@ class InvertedPendulumEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         self._render_human()
         return observe(self._state), 1.0 / (1.0 + cost), self._fallen, False, self._info(cost=cost * DT)
 
-    def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> npt.NDArray[np.uint8] | None:
         """Draw the current state: an ``(H, W, 3)`` array in mode ``rgb_array``, a window and None in mode ``human``."""
         if self.render_mode is None:
             gym.logger.warn("render() needs a mode: pass render_mode='human' or 'rgb_array' to gymnasium.make")

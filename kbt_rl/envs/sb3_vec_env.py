@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 from kbt_rl.envs.inverted_pendulum import InvertedPendulumParams
 from kbt_rl.envs.vector import InvertedPendulumVectorEnv
 
+_VECTOR_FORM = f"{InvertedPendulumVectorEnv.__module__}:{InvertedPendulumVectorEnv.__name__}"
 _DYNAMICS = tuple(InvertedPendulumParams().dynamics)
 
 
@@ -33,9 +34,10 @@ class InvertedPendulumSB3VecEnv(VecEnv):
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, **kwargs: Any) -> None:
+        if gym.spec(env_id).vector_entry_point != _VECTOR_FORM:
+            raise TypeError(f"{env_id} is not an inverted pendulum; use make_vec_env of Stable-Baselines3 for it")
         envs = gym.make_vec(env_id, num_envs=num_envs, autoreset_mode=AutoresetMode.SAME_STEP.value, **kwargs)
-        if not isinstance(envs, InvertedPendulumVectorEnv):
-            raise TypeError(f"{env_id!r} makes a {type(envs).__name__}, not an InvertedPendulumVectorEnv")
+        assert isinstance(envs, InvertedPendulumVectorEnv)
         self._envs = envs
         super().__init__(num_envs, envs.single_observation_space, envs.single_action_space)
         self._actions = np.zeros((num_envs, 1), dtype=np.float32)
@@ -74,7 +76,7 @@ class InvertedPendulumSB3VecEnv(VecEnv):
             info["TimeLimit.truncated"] = timed_out
         if dones.any():
             last_infos = self._split(vector_infos["final_info"])
-            for index in np.flatnonzero(dones):
+            for index in np.flatnonzero(dones).tolist():
                 self.reset_infos[index] = {key: infos[index].pop(key) for key in last_infos[index]}
                 infos[index] |= last_infos[index]
                 infos[index]["terminal_observation"] = vector_infos["final_obs"][index]

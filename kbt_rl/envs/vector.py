@@ -106,9 +106,9 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
     @property
     def state(self) -> FloatArray:
         """A copy of the current states in full precision, ``(n, 4)``."""
-        return self._current_state().copy()
+        return np.array(self._current_state())
 
-    @property
+    @property  # type: ignore[misc]  # the base class has one generator, which can be set
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """The random generator of each sub-environment."""
         return tuple(self._generator(index) for index in range(self.num_envs))
@@ -143,7 +143,7 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         self._params = tuple(params)  # all are valid: nothing has changed before
         self._plant = PlantArrays(*(np.array([getattr(p, name) for p in params]) for name in PlantArrays._fields))
 
-    def reset(  # type: ignore[override]
+    def reset(
         self,
         *,
         seed: int | Sequence[int | None] | None = None,
@@ -201,7 +201,7 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         infos = self._infos(np.where(waiting, 0.0, cost), everywhere)
         return observe(self._state), np.where(waiting, 0.0, reward), terminated, truncated, infos
 
-    def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:  # type: ignore[override]
+    def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:
         """Draw each sub-environment, ``(H, W, 3)`` each."""
         if self.render_mode is None:
             gym.logger.warn("render() needs a mode: pass render_mode='rgb_array' to gymnasium.make_vec")
@@ -236,7 +236,7 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
     def _restart(self, rows: BoolArray) -> None:
         """Put the rows where ``rows`` is true at random start states."""
         state = self._current_state()
-        for index in np.flatnonzero(rows):
+        for index in np.flatnonzero(rows).tolist():
             state[index] = sample_start(self._generator(index))
         self._steps[rows] = 0
         self._force = np.where(rows, 0.0, self._force)

@@ -128,7 +128,7 @@ class BayesianHead(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.spec, self._rho = self.config.resolve(in_features, out_features)
         self.rule = RULES[self.config.rule]
-        self._published: tuple[tuple[int, int], ActingView] | None = None
+        self._published: tuple[tuple[int, ...], ActingView] | None = None
         self.register_buffer("mean", torch.zeros(sum(self.spec.sizes), dtype=torch.float64))
         for depth, block in enumerate(self._prior_cov()):
             self.register_buffer(f"cov_{depth}", block)
@@ -176,8 +176,11 @@ class BayesianHead(nn.Module):
         target_scale: Tensor | None = None,
     ) -> None:
         """Return to the prior that reproduces ``weight @ h + bias``; what was learned is forgotten."""
-        weight, bias = weight.detach().to(self.mean), bias.detach().to(self.mean)
-        centre = torch.zeros_like(self.feature_mean) if feature_mean is None else feature_mean.to(self.mean)
+        weight = _finite("weight", weight, (self.out_features, self.in_features), self.mean)
+        bias = _finite("bias", bias, (self.out_features,), self.mean)
+        centre = torch.zeros_like(self.feature_mean)
+        if feature_mean is not None:
+            centre = _finite("feature_mean", feature_mean, (self.in_features,), self.mean)
         scale = _positive("feature_scale", feature_scale, self.feature_scale)
         outputs = _positive("target_scale", target_scale, self.target_scale)
         if self.rule.link == "softmax" and not bool((outputs == 1.0).all()):
@@ -202,9 +205,11 @@ class BayesianHead(nn.Module):
                 f"the noise covariance has shape {tuple(noise_cov.shape)}; expected a number or "
                 f"{tuple(self.noise_cov.shape)}"
             )
+        if not bool(torch.isfinite(noise_cov).all()):
+            raise ValueError(f"the noise covariance is not finite: {noise_cov.tolist()}")
         if not torch.equal(noise_cov, noise_cov.mT):
             raise ValueError("the noise covariance is not symmetric; pass (C + C.T) / 2 if rounding is to blame")
-        smallest = float(torch.linalg.eigvalsh(noise_cov)[0]) if bool(torch.isfinite(noise_cov).all()) else float("nan")
+        smallest = float(torch.linalg.eigvalsh(noise_cov)[0])
         # The eigenvalues of a singular covariance come out negative by rounding.
         if not smallest >= -1e-12 * float(noise_cov.diagonal().max()):
             raise ValueError(f"the noise covariance has the eigenvalue {smallest:.3g}; variances are not negative")
@@ -215,6 +220,7 @@ class BayesianHead(nn.Module):
         """The posterior; shares memory with the module."""
         return HeadState(self.spec, self.mean, self._cov())
 
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Predicted mean of the target, ``(N, o)``, for features ``(N, d)``; class probabilities with softmax."""
         if len(self.spec.shapes) > 2:
@@ -246,10 +252,11 @@ class BayesianHead(nn.Module):
         The copy is made once after each change of the posterior and swapped in by one assignment, so that whoever acts
         in another thread never sees half an update.
         """
-        version = (self.mean._version, self.mean.data_ptr())
-        if self._published is None or self._published[0] != version:
-            self._published = (version, acting_view(self.state))
-        return self._published[1]
+        version = (self.mean.data_ptr(), self.mean._version, *(block._version for block in self._cov()))
+        published = self._published
+        if published is None or published[0] != version:
+            published = self._published = (version, acting_view(self.state))
+        return published[1]
 
     @torch.no_grad()
     def increment(self, features: Tensor, target: Tensor) -> Increment:
@@ -271,7 +278,6 @@ class BayesianHead(nn.Module):
     def apply_increment(self, step: Increment) -> None:
         """Add an increment to the posterior, in place."""
         functional.apply(self.state, step)
-        self._published = None
         self.labels_seen += step.info.labels // self.out_features
 
     @torch.no_grad()
@@ -302,7 +308,9 @@ class BayesianHead(nn.Module):
         return step.info
 
     def standardise(self, features: Tensor) -> Tensor:
-        """Features in float64, centred and scaled as at pre-training."""
+        """Features ``(..., d)`` in float64, centred and scaled as at pre-training."""
+        if features.ndim == 0 or features.shape[-1] != self.in_features:
+            raise ValueError(f"features have shape {tuple(features.shape)}; expected (rows, {self.in_features})")
         return (features.to(self.mean) - self.feature_mean) / self.feature_scale
 
     def _target_square(self) -> Tensor:
@@ -324,6 +332,7 @@ class BayesianHead(nn.Module):
 
     def _checked(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised features and float64 targets, or an error that says what came and what was expected."""
+        features, target = torch.as_tensor(features), torch.as_tensor(target)
         if features.ndim != 2 or features.shape[1] != self.in_features or len(features) == 0:
             raise ValueError(f"features have shape {tuple(features.shape)}; expected (rows >= 1, {self.in_features})")
         if target.shape != (len(features), self.out_features):
@@ -373,10 +382,20 @@ def _positive(name: str, given: Tensor | None, like: Tensor) -> Tensor:
     """A positive vector like ``like``, ones if None."""
     if given is None:
         return torch.ones_like(like)
-    scale = given.detach().to(like)
-    if scale.shape != like.shape or not bool((scale > 0).all()):
-        raise ValueError(f"{name} must be {len(like)} positive numbers; got shape {tuple(scale.shape)}, {scale}")
+    scale = _finite(name, given, tuple(like.shape), like)
+    if not bool((scale > 0).all()):
+        raise ValueError(f"{name} must be positive everywhere; its smallest value is {float(scale.min())}")
     return scale
+
+
+def _finite(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A finite tensor of this shape in the head's dtype and on its device."""
+    value = given.detach().to(like)
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} holds NaN or infinity")
+    return value
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -73,7 +73,7 @@ def forward(
         cross = projection.mT  # Cov(theta, u), (..., P, B, n)
         if carried is not None:
             shared = carried[..., own, :, :].reshape(*lead, n, k, rows, k - 1)  # Cov(w_jp, z_bq)
-            mean = mean + torch.einsum("...jpbp->...bj", shared[..., :-1, :, :])
+            mean = mean + shared[..., :-1, :, :].diagonal(dim1=-3, dim2=-1).sum(-1).mT
             cov = cov + _product_cov(weight, shared, inputs)
             cross = cross + carried @ weight[:, :-1].mT
         logits = Gaussian(mean.flatten(-2), cov)
@@ -97,11 +97,14 @@ def _product_cov(weight: Tensor, shared: Tensor, inputs: Tensor) -> Tensor:
         ``(..., B n, B n)``.
     """
     n, rows = weight.shape[0], inputs.shape[-2]
-    turned = torch.einsum("...lqbp,...cq->...lcbp", shared, inputs)  # Cov(w_l, z_bp) . z~_c
-    one_sided = torch.einsum("jp,...lcbp->...bjcl", weight[:, :-1], turned)
-    inner = shared[..., :-1, :, :]
-    both = torch.einsum("...jpcq,...lqbp->...bjcl", inner, inner)
-    flat = (one_sided + 0.5 * both).reshape(*inputs.shape[:-2], rows * n, rows * n)
+    lead, m = inputs.shape[:-2], weight.shape[1] - 1
+    # Cov(w_l, z_bp) . z~_c, [l, c, b, p]
+    turned = (inputs.unsqueeze(-3) @ shared.flatten(-2)).reshape(*lead, n, rows, rows, m)
+    one_sided = turned @ weight[:, :-1].mT  # [l, c, b, j]
+    inner = shared[..., :-1, :, :]  # [j, p, c, q]
+    both = torch.einsum("...jpcq,...lqbp->...lcbj", inner, inner)
+    flat = (one_sided + 0.5 * both).permute(*range(len(lead)), -2, -1, -3, -4)
+    flat = flat.reshape(*lead, rows * n, rows * n)
     return flat + flat.mT
 
 

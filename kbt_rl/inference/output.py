@@ -141,6 +141,10 @@ def _minus_ones(like: Tensor) -> Tensor:
     return torch.full_like(like, -1.0)
 
 
+# A pivot this many roundings a row (relative to its diagonal entry) above zero counts as zero.
+_ROUNDING = 64.0
+
+
 def _inverse_root(matrix: Tensor, name: str) -> Tensor:
     """``L^-1`` for ``matrix = L L'``; says what is wrong instead of repairing it."""
     if matrix.shape[-1] == 1:
@@ -149,7 +153,9 @@ def _inverse_root(matrix: Tensor, name: str) -> Tensor:
             raise NotPositiveDefiniteError(name, value)
         return matrix.rsqrt()
     root, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
+    # A singular matrix often factorises by rounding; its last pivot is then noise, and its inverse too.
+    lost = _ROUNDING * len(matrix) * torch.finfo(matrix.dtype).eps
+    if int(failed) or bool((root.diagonal().square() <= lost * matrix.diagonal()).any()):
         finite = bool(torch.isfinite(matrix).all())
         raise NotPositiveDefiniteError(name, float(torch.linalg.eigvalsh(matrix)[0]) if finite else float("nan"))
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kbt_rl.inference.moments import Gaussian, linear_cov, relu_moments
 from kbt_rl.inference.structures import LayerShape, Structure
@@ -34,7 +35,7 @@ class ForwardPass(NamedTuple):
 
 def augment(inputs: Tensor) -> Tensor:
     """``z~ = [z; 1]``: append the constant of the bias, ``(..., B, m)`` to ``(..., B, m + 1)``."""
-    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+    return functional.pad(inputs, (0, 1), value=1.0)
 
 
 def isotropic(features: Tensor, variance: float) -> Tensor | None:

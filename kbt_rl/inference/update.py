@@ -170,11 +170,12 @@ def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, variances
 
 
 def _check(mean_step: float, info: UpdateInfo) -> None:
-    total = mean_step + info.nis + info.smallest_variance
+    total = mean_step + info.nis + info.epistemic_variance + info.smallest_variance
     if total - total != 0.0:
         raise UpdateError(
-            f"the update is not finite (sum of mean steps {mean_step}, NIS {info.nis}, smallest variance "
-            f"{info.smallest_variance}); the posterior is unchanged. Check features and target for huge values."
+            f"the update is not finite (sum of mean steps {mean_step}, NIS {info.nis}, predicted variance "
+            f"{info.epistemic_variance}, smallest weight variance {info.smallest_variance}); the posterior is "
+            "unchanged. Check features and target for huge values."
         )
     if info.smallest_variance < 0.0:
         raise UpdateError(
@@ -206,7 +207,8 @@ def overwrite(state: HeadState, new: HeadState) -> None:
 @contextmanager
 def _interrupts_deferred() -> Iterator[None]:
     """Hold back SIGINT, which Python raises in the main thread only, until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
+    foreign = signal.getsignal(signal.SIGINT) is None  # a handler that C code installed cannot be put back
+    if foreign or threading.current_thread() is not threading.main_thread():
         yield
         return
     pending: list[tuple[int, FrameType | None]] = []
@@ -217,3 +219,5 @@ def _interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if pending and callable(before):
         before(*pending[0])
+    elif pending and before == signal.SIG_DFL:
+        signal.raise_signal(signal.SIGINT)

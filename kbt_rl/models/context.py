@@ -1,6 +1,6 @@
 """The context window of a decision transformer as plain arrays that travel with the caller.
 
-SB3 hands a recurrent policy's memory around through the ``state`` argument of ``predict``: a tuple of arrays whose first
+SB3 hands a recurrent policy's memory around by the ``state`` argument of ``predict``: a tuple of arrays whose first
 axis is the environment. A window is such a tuple, so nothing is kept on the policy and evaluations can interleave with
 training. The newest time step is last; rows younger than the window are padded on the left.
 """

@@ -53,6 +53,9 @@ class DecisionTransformerConfig:
 class DecisionTransformer(nn.Module):
     """States, actions and returns of the last ``K`` steps in, actions out.
 
+    The buffers ``observation_scale``, ``action_scale`` and ``return_scale`` divide what comes in; the action comes out
+    in its own unit. ``feature_mean`` remembers the mean features of pre-training for whoever puts a head on them.
+
     Args:
         observation_size: Entries of a flat observation.
         action_size: Entries of an action.
@@ -62,6 +65,7 @@ class DecisionTransformer(nn.Module):
     observation_scale: Tensor
     action_scale: Tensor
     return_scale: Tensor
+    feature_mean: Tensor
 
     def __init__(
         self, observation_size: int, action_size: int, config: DecisionTransformerConfig | None = None
@@ -71,6 +75,7 @@ class DecisionTransformer(nn.Module):
         self.register_buffer("observation_scale", torch.ones(observation_size))
         self.register_buffer("action_scale", torch.ones(action_size))
         self.register_buffer("return_scale", torch.ones(()))
+        self.register_buffer("feature_mean", torch.zeros(config.width))
         self.embed_state = nn.Linear(observation_size, config.width)
         if config.context_length > 1:
             self.embed_action = nn.Linear(action_size, config.width)
@@ -95,9 +100,7 @@ class DecisionTransformer(nn.Module):
         scaled: Tensor = self.linear(self.encode(observations, actions, timesteps, returns))
         return scaled * self.action_scale
 
-    def encode(
-        self, observations: Tensor, actions: Tensor, timesteps: Tensor, returns: Tensor | None = None
-    ) -> Tensor:
+    def encode(self, observations: Tensor, actions: Tensor, timesteps: Tensor, returns: Tensor | None = None) -> Tensor:
         """Features at the state tokens: T1 of the paper.
 
         Args:

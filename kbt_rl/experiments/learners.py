@@ -1,0 +1,175 @@
+"""The methods under test behind one interface, and snapshots of them that are evaluated as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
+
+import kbt_rl  # noqa: F401  registers the environments
+from kbt_rl.agents.behaviour_cloning import PretrainConfig
+from kbt_rl.agents.kbt import KBT
+from kbt_rl.agents.lqr import LQRExpert
+from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.agents.policies import TransformerPolicy
+from kbt_rl.agents.warm_start import WarmStart
+from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED
+from kbt_rl.experiments.config import Method, Trial
+from kbt_rl.experiments.printed import PrintedKBT
+from kbt_rl.experiments.simulation import expert_force
+from kbt_rl.inference.acting import stack_views, view_mean
+from kbt_rl.inference.head import HeadConfig
+from kbt_rl.models.decision_transformer import DecisionTransformer
+
+FloatArray = npt.NDArray[np.float64]
+Force = Callable[[FloatArray], FloatArray]
+NOMINAL_ID = "kbt_rl/InvertedPendulum-v0"
+# Labels without noise are learned with this variance, in units of the pre-training labels' variance.
+NOISE_FLOOR = HeadConfig().noise_variance
+
+
+def pretrain(seed: int, config: PretrainConfig, path: Path | None = None) -> KBT:
+    """A KBT model cloned from the nominal expert; kept in ``path`` and read back from there if it exists."""
+    if path is not None and path.exists():
+        return KBT.load(path)
+    env = gym.make(NOMINAL_ID)
+    model = KBT(env=env, seed=seed)
+    model.pretrain(LQRExpert.for_env(env), config, progress_bar=False)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}")
+        model.save(beside)
+        beside.replace(path)
+    return model
+
+
+def build(method: Method, pretrained: KBT, noise_variance: float = 0.0) -> OnlineAlgorithm:
+    """A learner of this method that starts as the pre-trained policy.
+
+    Args:
+        method: Kind and settings.
+        pretrained: Whose transformer to take over.
+        noise_variance: Variance of the labels that the method is told, N^2.
+    """
+    spaces: dict[str, Any] = {"env": gym.make(NOMINAL_ID), "seed": pretrained.seed}
+    settings = dict(method.settings)
+    if method.kind == "warm_start":
+        learner: OnlineAlgorithm = WarmStart(**spaces, **settings)
+    elif method.kind == "printed":
+        head = HeadConfig.paper(settings["epsilon"], rule="replace")
+        learner = PrintedKBT(**spaces, policy_kwargs={"head": head})
+    elif method.kind in ("kbt", "pretrained"):
+        learner = KBT(**spaces, policy_kwargs={"head": replace(HeadConfig(), **settings)})
+    else:
+        raise ValueError(f"method kind {method.kind!r} does not learn")
+    learner.start_from(pretrained)
+    if isinstance(learner, KBT) and noise_variance:
+        learner.policy.head.set_noise(noise_variance / SHIFTED.max_force**2)
+    return learner
+
+
+class LabelStream:
+    """I.i.d. states of the label box with the shifted expert's force, noisy if asked for."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.rng = np.random.default_rng([trial.stream_seed, 3])
+        self.noise_sd = trial.noise_variance**0.5
+        self.box = np.asarray(LABEL_BOX)
+        self._expert = expert_force(SHIFTED)
+
+    def states(self, count: int) -> npt.NDArray[np.float32]:
+        """``(count, 4)``."""
+        return self.rng.uniform(-self.box, self.box, (count, 4)).astype(np.float32)
+
+    def label(self, states: npt.NDArray[Any]) -> FloatArray:
+        """Actions ``(n, 1)``: force over the force limit."""
+        force = self._expert(states) + self.noise_sd * self.rng.standard_normal(len(states))
+        return force[:, None] / SHIFTED.max_force
+
+
+# ---------------------------------------------------------------------- snapshots
+
+
+def batch_force(learner: OnlineAlgorithm, snapshots: Sequence[Any]) -> Force:
+    """Forces of all snapshots at once: states ``(snapshots, starts, 4)`` to ``(snapshots, starts)`` newtons."""
+    if isinstance(learner, KBT):
+        return _head_force(learner, snapshots)
+    return _transformer_force(learner.policy, snapshots)
+
+
+def snapshot(learner: OnlineAlgorithm) -> Any:
+    """What ``batch_force`` needs of the learner as it is now."""
+    if isinstance(learner, KBT):
+        return learner.policy.head.view()
+    return {name: value.clone() for name, value in learner.policy.transformer.state_dict().items()}
+
+
+def _head_force(learner: KBT, views: Sequence[Any]) -> Force:
+    stacked = stack_views(views)
+    head, policy = learner.policy.head, learner.policy
+
+    def force(states: FloatArray) -> FloatArray:
+        features = features_of(policy, states.reshape(-1, 4)).view(*states.shape[:-1], -1)
+        with torch.inference_mode():
+            mean = view_mean(stacked, head.standardise(features)) * head.target_scale
+        result: FloatArray = mean[..., 0].numpy() * SHIFTED.max_force
+        return result
+
+    return force
+
+
+def _transformer_force(policy: TransformerPolicy, states_of_weights: Sequence[dict[str, Tensor]]) -> Force:
+    """Different weights in every snapshot: one vectorised call over the stacked parameters."""
+    modules = []
+    for weights in states_of_weights:
+        module = DecisionTransformer(policy.observation_size, policy.action_size, policy.transformer_config)
+        module.load_state_dict(weights)
+        modules.append(module.train())  # without dropout the same map, and free of fused kernels vmap cannot batch
+    parameters, buffers = stack_module_state(modules)
+
+    def one(params: Any, buffs: Any, observations: Tensor) -> Tensor:
+        rows = len(observations)
+        arguments = (observations.unsqueeze(1), observations.new_zeros(rows, 1, 1), torch.zeros(rows, dtype=torch.long))
+        output: Tensor = functional_call(modules[0], (params, buffs), arguments)
+        return output[:, 0, 0]
+
+    def force(states: FloatArray) -> FloatArray:
+        with torch.inference_mode():
+            actions = vmap(one)(parameters, buffers, torch.from_numpy(states.astype(np.float32)))
+        result: FloatArray = actions.double().numpy() * SHIFTED.max_force
+        return result
+
+    return force
+
+
+def features_of(policy: TransformerPolicy, states: npt.NDArray[Any]) -> Tensor:
+    """Features of states ``(n, 4)`` without the checks of a single step, ``(n, width)``."""
+    observations = torch.from_numpy(np.asarray(states, dtype=np.float32)).unsqueeze(1)
+    rows = len(observations)
+    with torch.inference_mode():
+        return policy.transformer.encode(observations, torch.zeros(rows, 1, 1), torch.zeros(rows, dtype=torch.long))[:, 0]
+
+
+def best_linear_force(policy: TransformerPolicy, samples: int = 20_000) -> Force:
+    """The best linear head on the frozen features by least squares: the floor that the encoder sets."""
+    box = np.asarray(LABEL_BOX)
+    states = np.random.default_rng(0).uniform(-box, box, (samples, 4)).astype(np.float32)
+    design = np.c_[features_of(policy, states).double().numpy(), np.ones(samples)]
+    weights = np.linalg.lstsq(design, expert_force(SHIFTED)(states), rcond=None)[0]
+
+    def force(states: FloatArray) -> FloatArray:
+        flat = features_of(policy, states.reshape(-1, 4)).double().numpy()
+        result: FloatArray = (np.c_[flat, np.ones(len(flat))] @ weights).reshape(states.shape[:-1])
+        return result
+
+    return force
+
+

@@ -1,0 +1,65 @@
+"""KBT as the paper prints it, with only its misprints corrected: an ablation behind the learners' interface.
+
+Layer-by-layer smoother with the diagonal cross-covariance of Eq. (47), the output replaced by ``N(y, Sigma_data)``, one
+prior variance for all weights, and plain inverses. It stops with a NaN or an indefinite covariance in most settings;
+from then on it counts as failed and keeps its last posterior.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kbt_rl.agents.behaviour_cloning import Array
+from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.inference.moments import Gaussian
+from kbt_rl.inference.reference import rts_update
+from kbt_rl.models.context import ContextWindow
+
+
+class PrintedKBT(KBT):
+    """``KBT`` whose update is Algorithm 2 of arXiv:2509.10695; expects ``HeadConfig.paper(epsilon, rule="replace")``."""
+
+    failed_after: int | None = None
+
+    def _update(self, context: ContextWindow, target: Array, features: Tensor | None) -> KBTInfo:
+        nothing = KBTInfo(labels=len(target), innovation=float("nan"))
+        if self.failed_after is not None:
+            return nothing
+        if features is None:
+            features = self.policy.encode(context)
+        head = self.policy.head
+        inputs = head.standardise(features)
+        labels = torch.from_numpy(target) / head.target_scale
+        data_cov = torch.block_diag(*([head.noise_cov] * len(target)))
+        state = head.state
+        try:
+            with torch.inference_mode():
+                weights, cov = rts_update(
+                    state.weights,
+                    state.cov,
+                    inputs,
+                    lambda output: Gaussian(labels.flatten(), data_cov),
+                    cross="diagonal",
+                    feature_variance=state.spec.feature_variance,
+                    relu_order=state.spec.relu_order,
+                    inverse=torch.linalg.inv,
+                )
+        except torch.linalg.LinAlgError:
+            weights = cov = []
+        if not _proper(weights, cov):
+            self.failed_after = self.labels_used
+            return nothing
+        with torch.inference_mode():
+            state.mean.copy_(torch.cat([weight.flatten() for weight in weights]))
+            for block, new in zip(state.cov, cov, strict=True):
+                block.copy_(new)
+        return nothing
+
+
+def _proper(weights: list[Tensor], cov: list[Tensor]) -> bool:
+    """Whether an update left finite means and no negative variance."""
+    if not weights:
+        return False
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in (*weights, *cov))
+    return finite and all(bool((block.diagonal() >= 0).all()) for block in cov)

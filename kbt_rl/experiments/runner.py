@@ -1,0 +1,123 @@
+"""Many trials: in parallel processes, one result file each, resumable, and nothing lost when a process dies.
+
+The unit of work is ``perform(trial, out)``, which writes ``out/trials/<id>.json`` and does nothing if it is there. Any
+other executor (a cluster's job array, say) can call it for the same trials on a shared folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kbt_rl.experiments.config import Trial
+from kbt_rl.experiments.learners import pretrain
+from kbt_rl.experiments.trials import model_path, run_trial
+
+Result = dict[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    packages = ("kbt_rl", "torch", "numpy", "gymnasium", "stable-baselines3", "control")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def result_path(trial: Trial, out: Path) -> Path:
+    """Where a trial's result is kept."""
+    return out / "trials" / f"{trial.id}.json"
+
+
+def perform(trial: Trial, out: Path) -> Path:
+    """Run a trial unless its result is there already; returns the result's path."""
+    path = result_path(trial, out)
+    if not path.exists():
+        record = run_trial(trial, out / "models")
+        write_json({"trial": asdict(trial), "record": record, "versions": versions()}, path)
+    return path
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write beside and rename, so that a file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    beside.replace(path)
+
+
+def read_results(trials: Iterable[Trial], out: Path) -> list[Result]:
+    """Results of the trials that have been run, in the order of the trials."""
+    paths = [result_path(trial, out) for trial in trials]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def run_all(trials: Sequence[Trial], out: Path, jobs: int, console: Console, title: str = "trials") -> None:
+    """Run what is not there yet, ``jobs`` at a time, with a progress bar.
+
+    An interrupt stops after the running trials are cancelled; the next call continues with the rest.
+
+    Raises:
+        RuntimeError: A trial failed; the others have been run, and the message names it.
+    """
+    missing = [trial for trial in trials if not result_path(trial, out).exists()]
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[last]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(title, total=len(trials), completed=len(trials) - len(missing), last="")
+        if not missing:
+            return
+        if jobs == 1:
+            threads = torch.get_num_threads()
+            for trial in missing:
+                perform(trial, out)
+                progress.update(bar, advance=1, last=trial.method.name)
+            torch.set_num_threads(threads)
+            return
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            _drain(pool, missing, out, lambda name: progress.update(bar, advance=1, last=name))
+
+
+def _drain(pool: ProcessPoolExecutor, missing: Sequence[Trial], out: Path, done: Any) -> None:
+    """First the pre-trained policies, which the trials share, then the trials."""
+    models = {model_path(trial, out / "models"): trial for trial in missing}
+    try:
+        for future in [pool.submit(_pretrain, trial, out) for trial in models.values()]:
+            future.result()
+        running: dict[Future[Path], Trial] = {pool.submit(perform, trial, out): trial for trial in missing}
+        failures: list[tuple[Trial, BaseException]] = []
+        while running:
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                trial = running.pop(future)
+                error = future.exception()
+                if error is not None:
+                    failures.append((trial, error))
+                done(trial.method.name)
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    if failures:
+        trial, error = failures[0]
+        raise RuntimeError(f"{len(failures)} of the trials failed, first {trial.id}: {error!r}") from error
+
+
+def _pretrain(trial: Trial, out: Path) -> None:
+    pretrain(trial.pretrain_seed, trial.pretraining, model_path(trial, out / "models"))
+
+
+def _one_thread() -> None:
+    """One thread a process: the networks are small, and the processes are as many as the cores."""
+    torch.set_num_threads(1)

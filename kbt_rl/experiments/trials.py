@@ -1,0 +1,230 @@
+"""One trial: a pure function from its configuration to a record of plain numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kbt_rl.agents.kbt import KBT
+from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.agents.sample import Sample
+from kbt_rl.envs.inverted_pendulum import SHIFTED, is_upright, rk4_step
+from kbt_rl.experiments import learners
+from kbt_rl.experiments.config import Trial
+from kbt_rl.experiments.learners import LabelStream, build
+from kbt_rl.experiments.printed import PrintedKBT
+from kbt_rl.experiments.simulation import EPISODE_STEPS, Outcome, expert_force, regret, simulate, starts
+from kbt_rl.experiments.single import initialisation_errors, softmax_errors
+
+Record = dict[str, Any]
+FloatArray = npt.NDArray[np.float64]
+# The curve of 70,000 iterations is kept at every so many.
+_CURVE_STEP = 100
+_MOVING_AVERAGE = 500
+
+
+def run_trial(trial: Trial, models: Path | None = None) -> Record:
+    """Run a trial and return its record, which JSON can hold.
+
+    Args:
+        trial: What to do.
+        models: Folder in which pre-trained policies are kept; each is trained anew if None.
+    """
+    torch.manual_seed(trial.stream_seed)
+    run = {
+        "adapt": _adapt,
+        "correlated": _correlated,
+        "uncertainty": _uncertainty,
+        "timing": _timing,
+        "initialisation": lambda trial, model: initialisation_errors(model),
+        "softmax": lambda trial, model: softmax_errors(trial.samples, trial.stream_seed),
+    }[trial.kind]
+    return run(trial, learners.pretrain(trial.pretrain_seed, trial.pretraining, model_path(trial, models)))
+
+
+def model_path(trial: Trial, models: Path | None) -> Path | None:
+    """Where the pre-trained policy of a trial is kept."""
+    return None if models is None else models / f"pretrained-{trial.pretrain_seed}-{trial.pretraining.steps}.zip"
+
+
+def _evaluate(force: learners.Force, trial: Trial, policies: int) -> Record:
+    """Success rate and regret of each of ``policies`` snapshots, on the same starts as the expert."""
+    initial = starts(trial.stream_seed, trial.starts)
+    expert = simulate(expert_force(SHIFTED), initial, SHIFTED)
+    outcome: Outcome = simulate(force, np.broadcast_to(initial, (policies, *initial.shape)), SHIFTED)
+    return {
+        "success": outcome.success.mean(axis=-1).tolist(),
+        "regret": regret(outcome.cost, expert.cost).tolist(),
+        "expert_success": float(expert.success.mean()),
+    }
+
+
+def _adapt(trial: Trial, pretrained: KBT) -> Record:
+    """Success and regret against the number of i.i.d. labels."""
+    kind = trial.method.kind
+    if kind in ("expert", "linear_floor"):
+        force = expert_force(SHIFTED) if kind == "expert" else learners.best_linear_force(pretrained.policy)
+        return _constant(_evaluate(force, trial, 1), trial)
+    learner = build(trial.method, pretrained)
+    if kind == "pretrained":
+        force = learners.batch_force(learner, [learners.snapshot(learner)])
+        return _constant(_evaluate(force, trial, 1), trial)
+    stream = LabelStream(trial)
+    states = stream.states(trial.samples)
+    labels = stream.label(states)
+    return _learn_and_evaluate(trial, learner, lambda i: (states[i : i + 1], labels[i : i + 1]))
+
+
+def _constant(record: Record, trial: Trial) -> Record:
+    """A policy that does not learn has one value at every checkpoint."""
+    repeated = {name: record[name] * len(trial.checkpoints) for name in ("success", "regret")}
+    return {**record, **repeated, "checkpoints": list(trial.checkpoints)}
+
+
+def _learn_and_evaluate(
+    trial: Trial,
+    learner: OnlineAlgorithm,
+    sample: Callable[[int], tuple[npt.NDArray[Any], FloatArray]],
+) -> Record:
+    """Update sample by sample, keep a snapshot at each checkpoint, evaluate the distinct ones in one batch."""
+    snapshots: list[Any] = []
+    used: list[int] = []
+    fresh = True
+    for count in range(trial.samples + 1):
+        if count in trial.checkpoints:
+            if fresh:
+                snapshots.append(learners.snapshot(learner))
+            used.append(len(snapshots) - 1)
+            fresh = False
+        if count < trial.samples:
+            context, target = sample(count)
+            info = learner.update(Sample(context, target))
+            fresh = fresh or getattr(info, "trainings", 1) > 0
+    record = _evaluate(learners.batch_force(learner, snapshots), trial, len(snapshots))
+    for name in ("success", "regret"):
+        record[name] = [record[name][index] for index in used]
+    record["checkpoints"] = list(trial.checkpoints)
+    failed_after = learner.failed_after if isinstance(learner, PrintedKBT) else None
+    if failed_after is not None:
+        _mark_failure(record, failed_after)
+    record["failed_after"] = failed_after
+    return record
+
+
+def _mark_failure(record: Record, failed_after: int) -> None:
+    """A posterior that is no longer proper counts as failure from there on."""
+    for index, count in enumerate(record["checkpoints"]):
+        if count > failed_after:
+            record["success"][index] = 0.0
+            record["regret"][index] = 99.0
+
+
+def _correlated(trial: Trial, pretrained: KBT) -> Record:
+    """As ``_adapt``, with labels at i.i.d. states or at the states that the learning policy visits itself."""
+    learner = build(trial.method, pretrained)
+    stream = LabelStream(trial)
+    if trial.stream == "iid":
+        states = stream.states(trial.samples)
+        labels = stream.label(states)
+        return _learn_and_evaluate(trial, learner, lambda i: (states[i : i + 1], labels[i : i + 1]))
+    walk = _VisitedStates(learner, trial.stream_seed)
+
+    def sample(index: int) -> tuple[npt.NDArray[Any], FloatArray]:
+        state = walk.next_state()
+        return state, stream.label(state)
+
+    return {**_learn_and_evaluate(trial, learner, sample), "falls": walk.falls}
+
+
+class _VisitedStates:
+    """Every 5th state of the learner's own path on the shifted plant; a new episode after a fall or 10 s."""
+
+    every = 5
+
+    def __init__(self, learner: OnlineAlgorithm, seed: int) -> None:
+        self._policy = learner.policy
+        self._starts = iter(starts(seed + 500_000, 10_000))
+        self.falls = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._state, self._steps = next(self._starts), 0
+
+    def next_state(self) -> npt.NDArray[np.float32]:
+        """``(1, 4)``."""
+        for _ in range(self.every):
+            observation = self._state[None].astype(np.float32)
+            action = self._policy.clip(self._policy.act(learners.features_of(self._policy, observation)))
+            self._state = rk4_step(self._state, float(action[0, 0]) * SHIFTED.max_force, SHIFTED)
+            self._steps += 1
+            upright = bool(is_upright(self._state))
+            if not upright or self._steps >= EPISODE_STEPS:
+                self.falls += not upright
+                self._begin()
+        return self._state[None].astype(np.float32)
+
+
+def _uncertainty(trial: Trial, pretrained: KBT) -> Record:
+    """Figure 5: predicted variance against iterations, then the error of the mean and the coverage of intervals."""
+    learner = build(trial.method, pretrained, trial.noise_variance)
+    assert isinstance(learner, KBT)
+    head, newton = learner.policy.head, SHIFTED.max_force
+    stream = LabelStream(trial)
+    states = stream.states(trial.samples)
+    features = learners.features_of(learner.policy, states)
+    labels = torch.from_numpy(stream.label(states))
+    unit = (float(head.target_scale[0]) * newton) ** 2
+    replacing = trial.method.settings.get("rule") == "replace"
+    variance = np.empty(trial.samples)
+    with torch.inference_mode():
+        for i in range(trial.samples):
+            info = head.update(features[i : i + 1], labels[i : i + 1])
+            variance[i] = unit * (info.epistemic_variance if replacing else info.predictive_variance)
+    held_out = stream.states(4_000)
+    noisy = newton * stream.label(held_out)[:, 0]
+    prediction = head.predict(learners.features_of(learner.policy, held_out))
+    mean = newton * prediction.mean[:, 0].numpy()
+    spread = prediction.epistemic[:, 0, 0] + (0.0 if replacing else prediction.aleatoric[:, 0, 0])
+    half_width = 1.959964 * newton * spread.sqrt().numpy()
+    clean = expert_force(SHIFTED)(held_out)
+    window = min(_MOVING_AVERAGE, trial.samples)
+    smooth = np.convolve(variance, np.full(window, 1.0 / window), mode="valid")
+    return {
+        "iterations": list(range(window, trial.samples + 1, _CURVE_STEP)),
+        "predicted_variance": smooth[::_CURVE_STEP].tolist(),
+        "final_variance": float(smooth[-1]),
+        "noise_floor": float(head.noise_cov[0, 0]) * unit,
+        "mean_error": float(np.sqrt(np.mean((mean - clean) ** 2))),
+        "coverage": float(np.mean(np.abs(noisy - mean) <= half_width)),
+    }
+
+
+def _timing(trial: Trial, pretrained: KBT) -> Record:
+    """Figure 4: seconds per sample for the update alone and for sample to posterior, encoder included."""
+    learner = build(trial.method, pretrained)
+    stream = LabelStream(trial)
+    warm_up = int(trial.method.settings.get("memory", 20))
+    count = max(trial.samples, 2 * warm_up)
+    states = stream.states(count + warm_up)
+    labels = stream.label(states)
+    update, encode = np.empty(len(states)), np.empty(len(states))
+    for i in range(len(states)):
+        context = learner.policy.start(states[i : i + 1])
+        begin = time.perf_counter()
+        features = learner.policy.encode(context)
+        encoded = time.perf_counter()
+        learner.update(Sample(context, labels[i : i + 1], features=features))
+        update[i], encode[i] = time.perf_counter() - encoded, encoded - begin
+    update, encode = update[warm_up:], encode[warm_up:]
+    # A block of warm start is paid for once every `memory` samples: its cost per sample is the mean over whole blocks.
+    whole = len(update) - len(update) % warm_up
+    blocks = update[:whole].reshape(-1, warm_up).mean(axis=1)
+    alone = float(np.median(blocks if trial.method.kind == "warm_start" else update))
+    encoder = float(np.median(encode))
+    return {"update_s": alone, "encoder_s": encoder, "sample_to_posterior_s": alone + encoder, "samples": len(update)}
