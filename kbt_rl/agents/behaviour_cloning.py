@@ -38,10 +38,10 @@ class PretrainConfig:
     """
 
     samples: int = 20_000
-    steps: int = 3_000
-    batch_size: int = 256
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.0
+    steps: int = 4_000
+    batch_size: int = 128
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.3
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps", "batch_size"):
@@ -98,7 +98,7 @@ def rollout_demonstrations(
     observations = env.reset()
     assert isinstance(observations, np.ndarray)
     context = start_window(observations, context_length, action_space.shape[0])
-    while sum(map(len, targets)) < samples or not episodes.complete:
+    while episodes.finished < samples:
         labels = np.asarray(expert(context.newest), dtype=np.float64)
         actions = np.clip(labels, action_space.low, action_space.high).astype(action_space.dtype)
         context = with_action(context, actions)
@@ -125,15 +125,15 @@ class _ReturnsToGo:
         self._rewards: list[Array] = []
         self._dones: list[Array] = []
         self._n_envs, self._length = n_envs, context_length
-
-    @property
-    def complete(self) -> bool:
-        """Whether at least one episode has ended."""
-        return any(done.any() for done in self._dones)
+        self._running = np.zeros(n_envs, dtype=np.int64)
+        self.finished = 0  # steps of episodes that have ended
 
     def add(self, rewards: Array, dones: Array) -> None:
         self._rewards.append(rewards)
         self._dones.append(dones)
+        self._running += 1
+        self.finished += int(self._running[dones].sum())
+        self._running[dones] = 0
 
     def windows(self) -> Array:
         """``(steps * n_envs, K)`` float32; NaN where the episode did not end, 0 where the window is padding."""

@@ -74,6 +74,7 @@ class TransformerPolicy(BasePolicy):
                     f"observation_scale is {self._given_scale}; expected {self.observation_size} positive numbers"
                 )
             self.transformer.observation_scale.copy_(torch.from_numpy(self._given_scale))
+        self.set_training_mode(False)  # torch's encoder rounds differently in training mode
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {

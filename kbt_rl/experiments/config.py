@@ -10,9 +10,12 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Kind = Literal["adapt", "uncertainty", "correlated", "timing", "initialisation", "softmax"]
 
@@ -26,6 +29,11 @@ NOISE_VARIANCES = (0.0, 10.0, 20.0, 50.0)
 FIRST_REPORTED_SEED = 1000
 
 PRETRAINING = PretrainConfig()
+
+
+def digest(config: DataclassInstance) -> str:
+    """Ten hexadecimal digits that are equal for equal configurations."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,8 @@ class Trial:
     @property
     def id(self) -> str:
         """Readable, and equal only for equal trials."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
         slug = self.method.name.lower().replace(" ", "-").replace("(", "").replace(")", "")
-        return f"{self.kind}-{slug}-p{self.pretrain_seed}-s{self.stream_seed}-{digest}"
+        return f"{self.kind}-{slug}-p{self.pretrain_seed}-s{self.stream_seed}-{digest(self)}"
 
 
 def tuned() -> dict[str, Any]:

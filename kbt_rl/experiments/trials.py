@@ -16,7 +16,7 @@ from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import Sample
 from kbt_rl.envs.inverted_pendulum import SHIFTED, is_upright, rk4_step
 from kbt_rl.experiments import learners
-from kbt_rl.experiments.config import Trial
+from kbt_rl.experiments.config import Trial, digest
 from kbt_rl.experiments.learners import LabelStream, build
 from kbt_rl.experiments.printed import PrintedKBT
 from kbt_rl.experiments.simulation import EPISODE_STEPS, Outcome, expert_force, regret, simulate, starts
@@ -50,7 +50,7 @@ def run_trial(trial: Trial, models: Path | None = None) -> Record:
 
 def model_path(trial: Trial, models: Path | None) -> Path | None:
     """Where the pre-trained policy of a trial is kept."""
-    return None if models is None else models / f"pretrained-{trial.pretrain_seed}-{trial.pretraining.steps}.zip"
+    return None if models is None else models / f"pretrained-{trial.pretrain_seed}-{digest(trial.pretraining)}.zip"
 
 
 def _evaluate(force: learners.Force, trial: Trial, policies: int) -> Record:

@@ -9,6 +9,7 @@ posterior moves on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,14 @@ class ActingView(NamedTuple):
 
     Attributes:
         weights: Weight means ``(..., n_i, k_i)``, bias last.
-        hidden_cov: Covariance of each hidden unit's weights, ``(..., n, k, k)``; None for one layer.
+        hidden_form: Covariance of each hidden unit's weights as a quadratic form on the products ``z~_p z~_q`` with
+            ``p <= q``, ``(..., k (k+1) / 2, n)``; None for one layer.
         coupling: ``Cov(w2_jl, w1_l)``, ``(..., o, n, k)``; None where layers are independent.
         feature_part: Variance of each hidden unit from uncertain features, ``(..., n)``; None for exact features.
     """
 
     weights: tuple[Tensor, ...]
-    hidden_cov: Tensor | None = None
+    hidden_form: Tensor | None = None
     coupling: Tensor | None = None
     feature_part: Tensor | None = None
 
@@ -60,7 +62,20 @@ def acting_view(state: HeadState) -> ActingView:
     if state.spec.feature_variance:
         inner = hidden[:, :-1, :-1].diagonal(dim1=-2, dim2=-1).sum(-1)
         feature_part = state.spec.feature_variance * (inner + weights[0][:, :-1].square().sum(-1))
-    return ActingView(weights, hidden.clone(), coupling, feature_part)
+    return ActingView(weights, _packed(hidden), coupling, feature_part)
+
+
+@lru_cache(maxsize=16)
+def _pairs(k: int) -> tuple[Tensor, Tensor]:
+    """Indices ``p <= q`` of a symmetric ``k x k`` matrix."""
+    p, q = torch.triu_indices(k, k)
+    return p, q
+
+
+def _packed(blocks: Tensor) -> Tensor:
+    """Symmetric ``(n, k, k)`` as coefficients of ``z_p z_q``, ``p <= q``: off-diagonal entries count twice."""
+    p, q = _pairs(blocks.shape[-1])
+    return (blocks[:, p, q] * (2.0 - (p == q).double())).mT.contiguous()
 
 
 def stack_views(views: Sequence[ActingView]) -> ActingView:
@@ -73,7 +88,7 @@ def stack_views(views: Sequence[ActingView]) -> ActingView:
     weights = tuple(torch.stack(layer) for layer in zip(*(view.weights for view in views), strict=True))
     return ActingView(
         weights,
-        stacked([view.hidden_cov for view in views]),
+        stacked([view.hidden_form for view in views]),
         stacked([view.coupling for view in views]),
         stacked([view.feature_part for view in views]),
     )
@@ -83,10 +98,11 @@ def view_mean(view: ActingView, features: Tensor) -> Tensor:
     """Predicted mean of the logits for rows ``(..., N, d)``, shape ``(..., N, o)``; rows are independent."""
     inputs = augment(features)
     hidden_mean = inputs @ view.weights[0].mT
-    if view.hidden_cov is None:
+    if view.hidden_form is None:
         return hidden_mean
-    by_unit = inputs.unsqueeze(-3)  # (..., 1, N, k)
-    variance = ((by_unit @ view.hidden_cov) * by_unit).sum(-1).mT  # (..., N, n)
+    p, q = _pairs(inputs.shape[-1])
+    # A matrix product instead of a quadratic form a unit; rounding may leave a variance of 0 a little below.
+    variance = ((inputs[..., p] * inputs[..., q]) @ view.hidden_form).clamp_min(0.0)  # (..., N, n)
     if view.feature_part is not None:
         variance = variance + view.feature_part.unsqueeze(-2)
     mean = augment(relu_mean(hidden_mean, variance)) @ view.weights[1].mT
