@@ -9,15 +9,16 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
 if TYPE_CHECKING:
-    from kbt_rl.agents.kbt import KBT
     from stable_baselines3.common.monitor import Monitor
+
+    from kbt_rl.agents.kbt import KBT
 
 Plant = Literal["nominal", "shifted"]
 _IDS = {"nominal": "kbt_rl/InvertedPendulum-v0", "shifted": "kbt_rl/ShiftedInvertedPendulum-v0"}
@@ -44,12 +45,12 @@ class Reproduce:
 
     def run(self, console: Console) -> None:
         """See the class."""
+        if self.quick and self.full:
+            raise ValueError("--quick and --full exclude each other")
         from kbt_rl.experiments.config import reproduction_plan, timing_plan
         from kbt_rl.experiments.reproduce import draw
         from kbt_rl.experiments.runner import run_all
 
-        if self.quick and self.full:
-            raise ValueError("--quick and --full exclude each other")
         plan = reproduction_plan(full=self.full, quick=self.quick, seed=self.seed)
         run_all(plan, self.out, self.jobs, console)
         timing = timing_plan(plan, self.quick)
@@ -185,10 +186,11 @@ class Evaluate:
             model = _load_kbt(self.model)
             force = batch_force(model, [snapshot(model)])
             outcome, name = simulate(force, initial[None], params), str(self.model)
-        fallen = int(np.isinf(outcome.cost).sum())
+        success, falls = float(outcome.success.mean()), int(np.isinf(outcome.cost).sum())
+        lost = float(np.ravel(regret(outcome.cost, expert.cost))[0])
         console.print(
-            f"{name} on the {self.plant} plant, {self.episodes} episodes: success "
-            f"{float(outcome.success.mean()):.2f}, {fallen} falls, regret {float(np.ravel(regret(outcome.cost, expert.cost))[0]):.3f}"
+            f"{name} on the {self.plant} plant, {self.episodes} episodes: success {success:.2f}, {falls} falls, "
+            f"regret {lost:.3f}"
         )
 
 
@@ -242,19 +244,19 @@ def _evaluation_env() -> Monitor:
     return Monitor(gym.make(_IDS["shifted"]))
 
 
-Command = Union[
-    Annotated[Reproduce, subcommand("reproduce")],
-    Annotated[Tune, subcommand("tune")],
-    Annotated[Pretrain, subcommand("pretrain")],
-    Annotated[Adapt, subcommand("adapt")],
-    Annotated[Evaluate, subcommand("evaluate")],
-    Annotated[Render, subcommand("render")],
-]
+Command = (
+    Annotated[Reproduce, subcommand("reproduce")]
+    | Annotated[Tune, subcommand("tune")]
+    | Annotated[Pretrain, subcommand("pretrain")]
+    | Annotated[Adapt, subcommand("adapt")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Render, subcommand("render")]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    console = Console()
+    console = Console(soft_wrap=True)
     command = tyro.cli(Command, args=arguments, prog="kbt-rl", description=__doc__)
     # A fresh torch takes all cores for networks that are too small for two.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -113,9 +113,7 @@ def rollout_demonstrations(
     merged = ContextWindow(*(np.concatenate(parts) for parts in zip(*windows, strict=True)))
     finished = ~np.isnan(returns).any(axis=1)
     picked = np.flatnonzero(finished)[:samples]
-    return Demonstrations(
-        ContextWindow(*(part[picked] for part in merged)), np.concatenate(targets)[picked], returns[picked]
-    )
+    return Demonstrations(merged.rows(picked), np.concatenate(targets)[picked], returns[picked])
 
 
 class _ReturnsToGo:
@@ -208,7 +206,8 @@ def clone_behaviour(
 
 def _newest_error(transformer: DecisionTransformer, inputs: list[Tensor], target: Tensor) -> Tensor:
     """Error of the newest action in units of the label rms, ``(B, action size)``."""
-    return (transformer(*inputs)[:, -1] - target) / transformer.action_scale
+    actions: Tensor = transformer(*inputs)[:, -1]
+    return (actions - target) / transformer.action_scale
 
 
 def progress_bar(enabled: bool) -> Progress:

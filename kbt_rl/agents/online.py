@@ -47,7 +47,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         device: The CPU by default: one update is bound by latency.
     """
 
-    policy: TransformerPolicy  # type: ignore[assignment]
+    policy: TransformerPolicy
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "DecisionTransformerPolicy": DecisionTransformerPolicy,
         "TransformerPolicy": TransformerPolicy,
@@ -138,14 +138,18 @@ class OnlineAlgorithm(BaseAlgorithm):
         if not isinstance(context, ContextWindow):
             context = self.policy.start(np.atleast_2d(np.asarray(context)))
         else:
+            self.policy.check_context(context)
             self.policy.check_observations(context.newest)
         target = np.atleast_2d(np.asarray(sample.target, dtype=np.float64))
         rows = labelled_rows(target, sample.mask, len(context.timesteps), self.policy.action_size)
         if len(rows) == 0:
             return LearnerInfo(0, float("nan"))
         features = sample.features
+        shape = (len(target), self.policy.transformer_config.width)
+        if features is not None and features.shape != shape:
+            raise ValueError(f"features have shape {tuple(features.shape)}; expected {shape}, one row a context")
         if len(rows) < len(target):
-            context = ContextWindow(*(part[rows] for part in context))
+            context = context.rows(rows)
             features = None if features is None else features[rows]
         info = self._update(context, target[rows], features)
         self.labels_used += len(rows)
@@ -273,7 +277,7 @@ class OnlineAlgorithm(BaseAlgorithm):
             if not callback.on_step():
                 return False
             self._update_info_buffer(infos, dones)
-            self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+            self._last_obs, self._last_episode_starts = new_obs, dones
         callback.on_rollout_end()
         return True
 
@@ -295,13 +299,12 @@ class OnlineAlgorithm(BaseAlgorithm):
 
     def dump_logs(self) -> None:
         """Write what was recorded since the last call, with the statistics of finished episodes."""
-        if len(self.ep_info_buffer or ()) > 0:
-            infos = self.ep_info_buffer
-            assert infos is not None
+        infos, successes = self.ep_info_buffer, self.ep_success_buffer
+        if infos:
             self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in infos]))
             self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in infos]))
-        if len(self.ep_success_buffer or ()) > 0:
-            self.logger.record("rollout/success_rate", safe_mean(self.ep_success_buffer))
+        if successes:
+            self.logger.record("rollout/success_rate", safe_mean(successes))
         elapsed = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
         self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
         self.logger.record("time/time_elapsed", int(elapsed), exclude="tensorboard")

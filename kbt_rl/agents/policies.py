@@ -93,7 +93,7 @@ class TransformerPolicy(BasePolicy):
         self, context: ContextWindow, observations: Array, episode_start: npt.NDArray[np.bool_]
     ) -> ContextWindow:
         """Contexts one step on; rows where ``episode_start`` is set begin anew."""
-        self._check_context(context)
+        self.check_context(context)
         return advance_window(context, self.check_observations(observations), episode_start)
 
     def encode(self, context: ContextWindow) -> Tensor:
@@ -107,7 +107,8 @@ class TransformerPolicy(BasePolicy):
         """Mean actions for encoded contexts, ``(n, action size)``, unclipped float64."""
         with torch.inference_mode():
             scaled = self.transformer.linear(features) * self.transformer.action_scale
-            return scaled.double().cpu().numpy()
+            actions: Array = scaled.double().cpu().numpy()
+            return actions
 
     def sample_actions(self, features: Tensor) -> Array:
         """Actions when ``deterministic=False``; this policy has no distribution, so they are the same."""
@@ -170,8 +171,8 @@ class TransformerPolicy(BasePolicy):
             )
         return array
 
-    def _check_context(self, context: ContextWindow) -> None:
-        """Raise ValueError unless the context is one of this policy."""
+    def check_context(self, context: ContextWindow) -> None:
+        """Raise ValueError unless the context has the shape of this policy's."""
         length = self.transformer_config.context_length
         expected = {"observations": (length, self.observation_size), "actions": (length, self.action_size)}
         for name, shape in expected.items():
@@ -300,6 +301,8 @@ class DecisionTransformerPolicy(TransformerPolicy):
         """
         if isinstance(observation, ContextWindow):
             context = observation
+            self.check_context(context)
+            self.check_observations(context.newest)
         else:
             context = self.start(np.atleast_2d(np.asarray(observation)))
         prediction = self.head.predict(self.encode(context))

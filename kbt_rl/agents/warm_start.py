@@ -99,7 +99,7 @@ class WarmStart(OnlineAlgorithm):
         error = target - self.policy.act(features)
         trainings, loss = 0, float("nan")
         for row in range(len(target)):
-            self._stored.append((ContextWindow(*(part[row : row + 1] for part in context)), target[row : row + 1]))
+            self._stored.append((context.rows(slice(row, row + 1)), target[row : row + 1]))
             if len(self._stored) >= self.memory:
                 loss = self._train_on_memory()
                 trainings += 1

@@ -108,7 +108,7 @@ class KalmanAdapter(OnlineAdapter):
     variances are right) and ``kalman/smallest_variance``.
     """
 
-    model: KBT  # type: ignore[assignment]
+    model: KBT
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, KBT):

@@ -137,23 +137,34 @@ def reproduction_plan(*, full: bool = False, quick: bool = False, seed: int = FI
     base = Trial("adapt", KBT_METHOD, seed, seed, pretraining=pretraining)
     adapt = [
         replace(
-            base, method=method, pretrain_seed=p, stream_seed=s, samples=checkpoints[-1], checkpoints=checkpoints,
+            base,
+            method=method,
+            pretrain_seed=p,
+            stream_seed=s,
+            samples=checkpoints[-1],
+            checkpoints=checkpoints,
             starts=25 if quick else 50,
-        )  # fmt: skip
+        )
         for method in figure3_methods()
         for p, s in pairs
     ]
     iterations = 2_000 if quick else 70_000
     uncertainty = [
         replace(
-            base, kind="uncertainty", method=Method(f"KBT {rule}", "kbt", {"rule": rule}), noise_variance=variance,
-            samples=iterations, checkpoints=(), starts=0,
-        )  # fmt: skip
+            base,
+            kind="uncertainty",
+            method=Method(f"KBT {rule}", "kbt", {"rule": rule}),
+            noise_variance=variance,
+            samples=iterations,
+            checkpoints=(),
+            starts=0,
+        )
         for variance in NOISE_VARIANCES
         for rule in ("measure", "replace")
     ]
+    one_policy = [pair for pair in pairs if pair[0] == seed]
     # The longest trials first, so that no process is left alone with one at the end.
-    return [*uncertainty, *adapt, *_correlated(base, pairs[:2] if quick else pairs, quick), *_single(base, quick)]
+    return [*uncertainty, *adapt, *_correlated(base, one_policy, quick), *_single(base, quick)]
 
 
 def _correlated(base: Trial, pairs: list[tuple[int, int]], quick: bool) -> list[Trial]:
@@ -168,9 +179,16 @@ def _correlated(base: Trial, pairs: list[tuple[int, int]], quick: bool) -> list[
     checkpoints = (0, 20, 50) if quick else CORRELATED_CHECKPOINTS
     return [
         replace(
-            base, kind="correlated", method=method, stream=stream, pretrain_seed=p, stream_seed=s,
-            samples=checkpoints[-1], checkpoints=checkpoints, starts=25 if quick else 50,
-        )  # fmt: skip
+            base,
+            kind="correlated",
+            method=method,
+            stream=stream,
+            pretrain_seed=p,
+            stream_seed=s,
+            samples=checkpoints[-1],
+            checkpoints=checkpoints,
+            starts=25 if quick else 50,
+        )
         for method in methods
         for stream in ("iid", "visited")
         for p, s in pairs

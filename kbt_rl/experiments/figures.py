@@ -180,7 +180,9 @@ def _draw_variances(panel: Axes, tables: Tables) -> None:
     for rule, look in _RULES.items():
         panel.plot([], [], color=FAINT, linestyle=look.line, label=f"rule {rule}")
     panel.plot([], [], color=FAINT, linewidth=0.7, label="true variance")
-    panel.set(title="Predicted variance of the label", xlabel="iterations", ylabel="N², mean of the last 500 iterations")
+    panel.set(
+        title="Predicted variance of the label", xlabel="iterations", ylabel="N², mean of the last 500 iterations"
+    )
     panel.set_ylim(0, 1.25 * max(max(levels), 1.0))
     panel.set_xlim(left=0)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

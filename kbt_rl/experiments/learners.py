@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kbt_rl  # noqa: F401  registers the environments
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
@@ -24,13 +25,12 @@ from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED
 from kbt_rl.experiments.config import Method, Trial
 from kbt_rl.experiments.printed import PrintedKBT
-from kbt_rl.experiments.simulation import expert_force
+from kbt_rl.experiments.simulation import Force, expert_force
 from kbt_rl.inference.acting import stack_views, view_mean
 from kbt_rl.inference.head import HeadConfig
 from kbt_rl.models.decision_transformer import DecisionTransformer
 
 FloatArray = npt.NDArray[np.float64]
-Force = Callable[[FloatArray], FloatArray]
 NOMINAL_ID = "kbt_rl/InvertedPendulum-v0"
 # Labels without noise are learned with this variance, in units of the pre-training labels' variance.
 NOISE_FLOOR = HeadConfig().noise_variance
@@ -92,7 +92,8 @@ class LabelStream:
     def label(self, states: npt.NDArray[Any]) -> FloatArray:
         """Actions ``(n, 1)``: force over the force limit."""
         force = self._expert(states) + self.noise_sd * self.rng.standard_normal(len(states))
-        return force[:, None] / SHIFTED.max_force
+        actions: FloatArray = force[:, None] / SHIFTED.max_force
+        return actions
 
 
 # ---------------------------------------------------------------------- snapshots
@@ -116,7 +117,7 @@ def _head_force(learner: KBT, views: Sequence[Any]) -> Force:
     stacked = stack_views(views)
     head, policy = learner.policy.head, learner.policy
 
-    def force(states: FloatArray) -> FloatArray:
+    def force(states: npt.NDArray[Any]) -> FloatArray:
         features = features_of(policy, states.reshape(-1, 4)).view(*states.shape[:-1], -1)
         with torch.inference_mode():
             mean = view_mean(stacked, head.standardise(features)) * head.target_scale
@@ -141,8 +142,9 @@ def _transformer_force(policy: TransformerPolicy, states_of_weights: Sequence[di
         output: Tensor = functional_call(modules[0], (params, buffs), arguments)
         return output[:, 0, 0]
 
-    def force(states: FloatArray) -> FloatArray:
-        with torch.inference_mode():
+    def force(states: npt.NDArray[Any]) -> FloatArray:
+        # Of the attention kernels only the plain one can be batched over weights.
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
             actions = vmap(one)(parameters, buffers, torch.from_numpy(states.astype(np.float32)))
         result: FloatArray = actions.double().numpy() * SHIFTED.max_force
         return result
@@ -155,21 +157,21 @@ def features_of(policy: TransformerPolicy, states: npt.NDArray[Any]) -> Tensor:
     observations = torch.from_numpy(np.asarray(states, dtype=np.float32)).unsqueeze(1)
     rows = len(observations)
     with torch.inference_mode():
-        return policy.transformer.encode(observations, torch.zeros(rows, 1, 1), torch.zeros(rows, dtype=torch.long))[:, 0]
+        return policy.transformer.encode(observations, torch.zeros(rows, 1, 1), torch.zeros(rows, dtype=torch.long))[
+            :, 0
+        ]
 
 
 def best_linear_force(policy: TransformerPolicy, samples: int = 20_000) -> Force:
     """The best linear head on the frozen features by least squares: the floor that the encoder sets."""
     box = np.asarray(LABEL_BOX)
     states = np.random.default_rng(0).uniform(-box, box, (samples, 4)).astype(np.float32)
-    design = np.c_[features_of(policy, states).double().numpy(), np.ones(samples)]
+    design: FloatArray = np.column_stack([features_of(policy, states).double().numpy(), np.ones(samples)])
     weights = np.linalg.lstsq(design, expert_force(SHIFTED)(states), rcond=None)[0]
 
-    def force(states: FloatArray) -> FloatArray:
+    def force(states: npt.NDArray[Any]) -> FloatArray:
         flat = features_of(policy, states.reshape(-1, 4)).double().numpy()
-        result: FloatArray = (np.c_[flat, np.ones(len(flat))] @ weights).reshape(states.shape[:-1])
+        result: FloatArray = (np.column_stack([flat, np.ones(len(flat))]) @ weights).reshape(states.shape[:-1])
         return result
 
     return force
-
-

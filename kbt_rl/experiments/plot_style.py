@@ -114,7 +114,9 @@ def method_styles(methods: Sequence[str]) -> dict[str, LineStyle]:
 def draw_curve(axes: Axes, points: CurveEstimate, look: LineStyle, label: str, floor: float | None = None) -> None:
     """Mean as a line and 95 % interval as a band; values below ``floor`` are drawn there."""
     mean, lower, upper = (
-        np.maximum(np.array([getattr(e, name) for e in points.estimates], dtype=float), -np.inf if floor is None else floor)
+        np.maximum(
+            np.array([getattr(e, name) for e in points.estimates], dtype=float), -np.inf if floor is None else floor
+        )
         for name in ("mean", "lower", "upper")
     )
     axes.fill_between(points.samples, lower, upper, color=look.color, alpha=0.16, linewidth=0, zorder=look.order - 1)

@@ -18,7 +18,7 @@ from kbt_rl.models.context import ContextWindow
 
 
 class PrintedKBT(KBT):
-    """``KBT`` whose update is Algorithm 2 of arXiv:2509.10695; expects ``HeadConfig.paper(epsilon, rule="replace")``."""
+    """``KBT`` with Algorithm 2 of the paper as update, for ``HeadConfig.paper(epsilon, rule="replace")``."""
 
     failed_after: int | None = None
 
@@ -45,7 +45,7 @@ class PrintedKBT(KBT):
                     relu_order=state.spec.relu_order,
                     inverse=torch.linalg.inv,
                 )
-        except torch.linalg.LinAlgError:
+        except RuntimeError:  # torch.linalg.LinAlgError: a matrix to invert is singular
             weights = cov = []
         if not _proper(weights, cov):
             self.failed_after = self.labels_used

@@ -94,8 +94,8 @@ def _drain(pool: ProcessPoolExecutor, missing: Sequence[Trial], out: Path, done:
     """First the pre-trained policies, which the trials share, then the trials."""
     models = {model_path(trial, out / "models"): trial for trial in missing}
     try:
-        for future in [pool.submit(_pretrain, trial, out) for trial in models.values()]:
-            future.result()
+        for ready in [pool.submit(_pretrain, trial, out) for trial in models.values()]:
+            ready.result()
         running: dict[Future[Path], Trial] = {pool.submit(perform, trial, out): trial for trial in missing}
         failures: list[tuple[Trial, BaseException]] = []
         while running:

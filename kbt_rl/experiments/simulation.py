@@ -7,7 +7,7 @@ same equations of motion as the environment.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ EPISODE_STEPS = 500
 COST_CAP = 100.0
 
 
+Force = Callable[[npt.NDArray[Any]], FloatArray]
+
+
 class Outcome(NamedTuple):
     """Results of episodes: ``success`` bool and ``cost`` (s's + u^2) dt summed over 10 s, infinite after a fall."""
 
@@ -43,7 +46,7 @@ def starts(seed: int, count: int) -> FloatArray:
 
 
 def simulate(
-    force: Callable[[FloatArray], FloatArray],
+    force: Force,
     initial: FloatArray,
     params: InvertedPendulumParams,
     steps: int = EPISODE_STEPS,
@@ -73,7 +76,7 @@ def simulate(
     return Outcome(upright & is_settled(state), np.where(upright, cost, np.inf))
 
 
-def expert_force(params: InvertedPendulumParams) -> Callable[[FloatArray], FloatArray]:
+def expert_force(params: InvertedPendulumParams) -> Force:
     """The linear-quadratic expert of a plant."""
     gain = lqr_gain(params)[0]
     return lambda states: -(states.astype(np.float64) @ gain)

@@ -19,7 +19,7 @@ from kbt_rl.experiments import learners
 from kbt_rl.experiments.config import Trial, digest
 from kbt_rl.experiments.learners import LabelStream, build
 from kbt_rl.experiments.printed import PrintedKBT
-from kbt_rl.experiments.simulation import EPISODE_STEPS, Outcome, expert_force, regret, simulate, starts
+from kbt_rl.experiments.simulation import EPISODE_STEPS, Force, Outcome, expert_force, regret, simulate, starts
 from kbt_rl.experiments.single import initialisation_errors, softmax_errors
 
 Record = dict[str, Any]
@@ -37,7 +37,7 @@ def run_trial(trial: Trial, models: Path | None = None) -> Record:
         models: Folder in which pre-trained policies are kept; each is trained anew if None.
     """
     torch.manual_seed(trial.stream_seed)
-    run = {
+    run: Callable[[Trial, KBT], Record] = {
         "adapt": _adapt,
         "correlated": _correlated,
         "uncertainty": _uncertainty,
@@ -53,7 +53,7 @@ def model_path(trial: Trial, models: Path | None) -> Path | None:
     return None if models is None else models / f"pretrained-{trial.pretrain_seed}-{digest(trial.pretraining)}.zip"
 
 
-def _evaluate(force: learners.Force, trial: Trial, policies: int) -> Record:
+def _evaluate(force: Force, trial: Trial, policies: int) -> Record:
     """Success rate and regret of each of ``policies`` snapshots, on the same starts as the expert."""
     initial = starts(trial.stream_seed, trial.starts)
     expert = simulate(expert_force(SHIFTED), initial, SHIFTED)
@@ -159,15 +159,15 @@ class _VisitedStates:
     def next_state(self) -> npt.NDArray[np.float32]:
         """``(1, 4)``."""
         for _ in range(self.every):
-            observation = self._state[None].astype(np.float32)
-            action = self._policy.clip(self._policy.act(learners.features_of(self._policy, observation)))
+            features = learners.features_of(self._policy, self._state[None])
+            action = self._policy.clip(self._policy.act(features))
             self._state = rk4_step(self._state, float(action[0, 0]) * SHIFTED.max_force, SHIFTED)
             self._steps += 1
             upright = bool(is_upright(self._state))
             if not upright or self._steps >= EPISODE_STEPS:
                 self.falls += not upright
                 self._begin()
-        return self._state[None].astype(np.float32)
+        return np.asarray(self._state[None], dtype=np.float32)
 
 
 def _uncertainty(trial: Trial, pretrained: KBT) -> Record:

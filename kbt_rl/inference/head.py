@@ -69,9 +69,7 @@ class HeadConfig:
     @classmethod
     def paper(cls, epsilon: float, **changes: Any) -> HeadConfig:
         """The paper's prior: one variance ``epsilon`` for all weights, and for the features as well."""
-        base = cls(
-            structure="layer", hidden_variance=epsilon, last_variance=epsilon, feature_variance=epsilon, rho=0.0
-        )
+        base = cls(structure="layer", hidden_variance=epsilon, last_variance=epsilon, feature_variance=epsilon, rho=0.0)
         return replace(base, **changes)
 
     @property
@@ -269,8 +267,8 @@ class BayesianHead(nn.Module):
         features, target = self._checked(features, target)
         if len(features) > functional.MAX_JOINT_ROWS:
             raise ValueError(
-                f"{len(features)} rows in one joint update; at most {functional.MAX_JOINT_ROWS} (update() splits longer "
-                "batches into successive blocks)"
+                f"{len(features)} rows in one joint update; at most {functional.MAX_JOINT_ROWS} (update() splits "
+                "longer batches into successive blocks)"
             )
         return functional.increment(self.state, features, target, self.rule, self.noise_cov)
 

@@ -76,7 +76,9 @@ def fisher(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioni
     innovation = target.flatten() - probabilities.flatten()
     half = probabilities.sqrt()
     # F = diag(sqrt p) (I - sqrt p sqrt p') diag(sqrt p), and the bracket is a projector, hence its own square.
-    projector = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device) - half.unsqueeze(-1) * half.unsqueeze(-2)
+    projector = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device) - half.unsqueeze(-1) * half.unsqueeze(
+        -2
+    )
     info_root = torch.block_diag(*(half.unsqueeze(-1) * projector))
     inner = info_root.mT @ predicted.cov @ info_root
     inner.diagonal().add_(1.0)
@@ -88,7 +90,7 @@ def fisher(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioni
 
 
 def taylor(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
-    """Measure ``p = softmax(u)`` to first order with noise: ``dm = J' (J S J' + R)^-1 (y-p)``, Eqs. (24) to (33), (37)."""
+    """``softmax(u)`` measured to first order with noise: ``dm = J' (J S J' + R)^-1 (y-p)``, Eqs. (24)-(33), (37)."""
     probabilities, jacobian = _softmax_rows(predicted, target)
     innovation = target.flatten() - probabilities.flatten()
     full_jacobian = torch.block_diag(*jacobian)
@@ -159,7 +161,8 @@ def _inverse_root(matrix: Tensor, name: str) -> Tensor:
         finite = bool(torch.isfinite(matrix).all())
         raise NotPositiveDefiniteError(name, float(torch.linalg.eigvalsh(matrix)[0]) if finite else float("nan"))
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(root, identity, upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(root, identity, upper=False)
+    return inverse
 
 
 def _signed_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,4 +184,5 @@ def _softmax_nis(predicted: Gaussian, jacobian: Tensor, innovation: Tensor) -> T
     outputs = jacobian.shape[-1]
     free = torch.arange(len(innovation), device=innovation.device) % outputs != outputs - 1
     reduced = cov[free][:, free]
-    return innovation[free] @ torch.linalg.lstsq(reduced, innovation[free].unsqueeze(-1)).solution.squeeze(-1)
+    solved: Tensor = torch.linalg.lstsq(reduced, innovation[free].unsqueeze(-1)).solution.squeeze(-1)
+    return innovation[free] @ solved

@@ -13,6 +13,7 @@ stiff. ``rho = 0`` is the paper's independent prior.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def layer_shapes(features: int, outputs: int, layers: int, width: int | None) ->
             f"and need at least {2 * features} units"
         )
     sizes = [features, *[width] * (layers - 1), outputs]
-    return tuple(LayerShape(n, m + 1) for m, n in zip(sizes[:-1], sizes[1:], strict=True))
+    return tuple(LayerShape(n, m + 1) for m, n in pairwise(sizes))
 
 
 def prior_means(weight: Tensor, bias: Tensor, shapes: Sequence[LayerShape]) -> list[Tensor]:

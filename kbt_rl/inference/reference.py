@@ -102,9 +102,7 @@ def _forward(
     return records
 
 
-def _through_relu(
-    record: _LayerRecord, after: Gaussian, cross: Cross, inverse: Callable[[Tensor], Tensor]
-) -> Gaussian:
+def _through_relu(record: _LayerRecord, after: Gaussian, cross: Cross, inverse: Callable[[Tensor], Tensor]) -> Gaussian:
     """Eqs. (37) to (39): from the smoothed activation to the smoothed logits."""
     logits, activation = record.logits, record.activation
     assert activation is not None

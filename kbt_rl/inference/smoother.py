@@ -20,7 +20,7 @@ from kbt_rl.inference.structures import LayerShape, Structure
 
 
 class LayerPass(NamedTuple):
-    """What the backward pass needs of one layer: ``Sigma (I (x) z~)`` and the slopes ``Phi`` of its ReLU, (..., B, n)."""
+    """What one layer leaves for the backward pass: ``Sigma (I (x) z~)``, and the slopes ``Phi`` of its ReLU."""
 
     projection: Tensor
     slope: Tensor | None

@@ -70,7 +70,8 @@ class Layer:
 
     def from_neuron_blocks(self, blocks: Tensor) -> Tensor:
         """See ``Structure``."""
-        return torch.block_diag(*blocks)
+        full: Tensor = torch.block_diag(*blocks)
+        return full
 
     def project(self, cov: Tensor, shape: LayerShape, inputs: Tensor) -> Tensor:
         """``(..., n k, n, B)``."""
@@ -127,7 +128,7 @@ def dense_output_cov(cov: Tensor, projection: Tensor, inputs: Tensor, input_cov:
 
 
 class _PerNeuron:
-    """What ``neuron`` and ``diagonal`` share: neurons are independent, so ``Cov(u)`` of the weights is diagonal in them.
+    """What ``neuron`` and ``diagonal`` share: neurons are independent, so what weights add to ``Cov(u)`` is diagonal.
 
     Their projection has the shape ``(..., n, k, B)``.
     """
@@ -178,7 +179,8 @@ class Neuron(_PerNeuron):
 
     def dense(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""
-        return torch.block_diag(*cov)
+        full: Tensor = torch.block_diag(*cov)
+        return full
 
 
 class Diagonal(_PerNeuron):

@@ -6,6 +6,7 @@ product of low rank. An increment is small enough to log, send or take back.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ class HeadSpec:
 
 
 class HeadState(NamedTuple):
-    """The posterior: all weight means ``(P,)``, layer after layer and neuron by neuron, and the covariance as stored."""
+    """The posterior: weight means ``(P,)``, layer after layer and neuron by neuron, and the stored covariance."""
 
     spec: HeadSpec
     mean: Tensor
@@ -85,9 +86,10 @@ class HeadState(NamedTuple):
         if self.spec.structure == "joint":
             return torch.cat(self.cov, dim=1)
         ops = LAYERWISE[self.spec.structure]
-        return torch.block_diag(
+        full: Tensor = torch.block_diag(
             *(ops.dense(block, shape) for block, shape in zip(self.cov, self.spec.shapes, strict=True))
         )
+        return full
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,9 @@ def increment(state: HeadState, features: Tensor, target: Tensor, rule: OutputRu
     """
     output, cross_cov = propagate(state, features)
     step = rule.condition(output, target, noise_cov)
-    mean_step = cross_cov @ step.mean_step
-    factor = cross_cov @ step.cov_factor
+    # One pass over the cross-covariance for the mean and the covariance.
+    moves = cross_cov @ torch.cat([step.mean_step.unsqueeze(-1), step.cov_factor], dim=-1)
+    mean_step, factor = moves[:, 0], moves[:, 1:]
     variances = state.variances() + (factor * factor) @ step.signs
     info = _describe(output, step, noise_cov, variances)
     # One sum finds any NaN or infinity of a vector; inf - inf is NaN.
@@ -155,18 +158,17 @@ def increment(state: HeadState, features: Tensor, target: Tensor, rule: OutputRu
 
 
 def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, variances: Tensor) -> UpdateInfo:
-    """Collect the record with a single transfer to the host."""
-    epistemic = output.cov.diagonal().mean()
-    values = torch.stack(
-        [
-            step.innovation.square().mean().sqrt(),
-            step.nis,
-            epistemic,
-            epistemic + noise_cov.diagonal().mean(),
-            variances.min(),
-        ]
+    """The record of the update, as floats."""
+    labels = step.innovation.numel()
+    epistemic = float(output.cov.trace()) / labels
+    return UpdateInfo(
+        innovation=math.sqrt(float(step.innovation @ step.innovation) / labels),
+        nis=float(step.nis),
+        epistemic_variance=epistemic,
+        predictive_variance=epistemic + float(noise_cov.trace()) / len(noise_cov),
+        smallest_variance=float(variances.min()),
+        labels=labels,
     )
-    return UpdateInfo(*values.tolist(), labels=step.innovation.numel())
 
 
 def _check(mean_step: float, info: UpdateInfo) -> None:

@@ -33,6 +33,10 @@ class ContextWindow(NamedTuple):
         """The newest observations, ``(n, observation size)``."""
         return self.observations[:, -1]
 
+    def rows(self, picked: slice | npt.NDArray[Any]) -> ContextWindow:
+        """The windows of some episodes."""
+        return ContextWindow(self.observations[picked], self.actions[picked], self.timesteps[picked])
+
 
 def start_window(observations: npt.NDArray[Any], context_length: int, action_size: int) -> ContextWindow:
     """Windows of episodes that start with ``observations``, ``(n, observation size)``."""
@@ -54,6 +58,10 @@ def advance_window(
         raise ValueError(
             f"the context holds {len(window.timesteps)} environments and {len(observations)} observations came; pass "
             "state=None at the start, or the state that the last predict returned"
+        )
+    if episode_start.shape != window.timesteps.shape:
+        raise ValueError(
+            f"episode_start has shape {episode_start.shape}; expected {window.timesteps.shape}, one flag an environment"
         )
     if window.observations.shape[1] == 1:  # the context is the observation alone
         shifted = observations[:, None].astype(np.float32)

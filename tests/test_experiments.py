@@ -1,0 +1,235 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from kbt_rl.agents.behaviour_cloning import PretrainConfig
+from kbt_rl.agents.kbt import KBT
+from kbt_rl.agents.sample import Sample
+from kbt_rl.envs.inverted_pendulum import NOMINAL, SHIFTED
+from kbt_rl.experiments import learners, trials
+from kbt_rl.experiments.config import (
+    FIRST_REPORTED_SEED,
+    KBT_METHOD,
+    Method,
+    Trial,
+    figure3_methods,
+    printed_method,
+    reproduction_plan,
+    timing_plan,
+    tuned,
+    warm_start_method,
+)
+from kbt_rl.experiments.runner import perform, read_results, result_path, run_all
+from kbt_rl.experiments.simulation import Outcome, expert_force, regret, simulate, starts
+from kbt_rl.experiments.tune import score, tuning_plan
+
+TINY = PretrainConfig(samples=500, steps=60, batch_size=32)
+BASE = Trial("adapt", KBT_METHOD, 0, 0, samples=12, starts=3, checkpoints=(0, 6, 12), pretraining=TINY)
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> KBT:
+    return learners.pretrain(0, TINY)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+def test_reported_and_tuning_seeds_do_not_meet() -> None:
+    reported = reproduction_plan(full=True)
+    assert min(min(trial.pretrain_seed, trial.stream_seed) for trial in reported) >= FIRST_REPORTED_SEED
+    tuning = tuning_plan(3, 2)
+    assert max(max(trial.pretrain_seed, trial.stream_seed) for trial in tuning) < 100
+    with pytest.raises(ValueError, match="seeds 0 to 99"):
+        tuning_plan(3, 2, seed=98)
+
+
+def test_every_trial_of_a_plan_has_an_id_of_its_own() -> None:
+    plan = reproduction_plan(full=True)
+    ids = {trial.id for trial in [*plan, *timing_plan(plan, quick=False)]}
+    assert len(ids) == len(plan) + sum(method.kind in ("kbt", "printed", "warm_start") for method in figure3_methods())
+    assert dataclasses.replace(BASE).id == BASE.id
+    assert dataclasses.replace(BASE, samples=13).id != BASE.id
+
+
+def test_the_full_plan_has_thirty_streams_and_three_policies() -> None:
+    kbt = [trial for trial in reproduction_plan(full=True) if trial.kind == "adapt" and trial.method == KBT_METHOD]
+    assert len({trial.stream_seed for trial in kbt}) == 30
+    assert len({trial.pretrain_seed for trial in kbt}) == 3
+
+
+def test_the_baselines_come_with_tuned_settings() -> None:
+    best = tuned()
+    methods = {method.name: method.settings for method in figure3_methods()}
+    assert methods["warm start 25"] == {"memory": 25, "learning_rate": best["learning_rate"]["25"]}
+    assert methods["KBT as printed"] == {"epsilon": best["epsilon"]}
+
+
+def test_simulation_agrees_with_the_environment() -> None:
+    env = gym.make("kbt_rl/ShiftedInvertedPendulum-v0")
+    force = expert_force(SHIFTED)
+    initial = starts(3, 2)
+    outcome = simulate(force, initial, SHIFTED)
+    for row, state in enumerate(initial):
+        observation, _ = env.reset(options={"state": state.tolist()})
+        cost, done = 0.0, False
+        while not done:
+            action = np.float32(force(observation[None]) / SHIFTED.max_force)
+            observation, _, terminated, truncated, info = env.step(action)
+            cost, done = cost + info["cost"], terminated or truncated
+        assert bool(outcome.success[row]) == info["is_success"]
+        assert outcome.cost[row] == pytest.approx(cost, rel=1e-5)
+
+
+def test_a_fall_costs_the_cap_and_the_expert_regrets_nothing() -> None:
+    initial = starts(1, 4)
+    expert = simulate(expert_force(SHIFTED), initial, SHIFTED)
+    assert expert.success.all()
+    assert regret(expert.cost, expert.cost) == 0.0
+    fallen: Outcome = simulate(expert_force(NOMINAL), initial, SHIFTED)
+    assert not fallen.success.any()
+    assert regret(fallen.cost, expert.cost) == pytest.approx(99.0)
+    half = np.where(np.arange(4) < 2, np.inf, expert.cost)
+    assert regret(half, expert.cost) == pytest.approx(99.0 * expert.cost[:2].sum() / expert.cost.sum())
+
+
+@pytest.mark.parametrize("method", [KBT_METHOD, Method("L = 1", "kbt", {"layers": 1}), warm_start_method(3, 1e-2)])
+def test_snapshots_act_like_the_learner_at_that_time(method: Method, pretrained: KBT) -> None:
+    learner = learners.build(method, pretrained)
+    stream = learners.LabelStream(BASE)
+    probe = stream.states(5)
+    snapshots, wanted = [], []
+    for _ in range(3):
+        states = stream.states(3)
+        learner.update(Sample(states, stream.label(states)))
+        snapshots.append(learners.snapshot(learner))
+        wanted.append(SHIFTED.max_force * learner.policy.act(learner.policy.encode(learner.policy.start(probe)))[:, 0])
+    force = learners.batch_force(learner, snapshots)(np.broadcast_to(probe, (3, *probe.shape)))
+    np.testing.assert_allclose(force, np.stack(wanted), rtol=1e-4, atol=1e-3)
+    assert np.abs(force[0] - force[2]).max() > 1e-3
+
+
+def test_every_learner_starts_as_the_pretrained_policy(pretrained: KBT) -> None:
+    probe = learners.LabelStream(BASE).states(6)
+    wanted = pretrained.policy.act(learners.features_of(pretrained.policy, probe))
+    for method in (KBT_METHOD, printed_method(1e-3), warm_start_method(10, 1e-3), Method("pre", "pretrained")):
+        policy = learners.build(method, pretrained).policy
+        np.testing.assert_allclose(policy.act(learners.features_of(policy, probe)), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_trial_is_a_pure_function(out: Path) -> None:
+    first = trials.run_trial(BASE, out / "models")
+    torch.manual_seed(99)
+    assert trials.run_trial(BASE, out / "models") == first
+    assert len(first["success"]) == len(first["regret"]) == len(BASE.checkpoints)
+
+
+def test_the_pretrained_policy_read_back_gives_the_same_trial(out: Path) -> None:
+    assert trials.run_trial(BASE) == trials.run_trial(BASE, out / "models")
+
+
+@pytest.mark.parametrize("method", figure3_methods(), ids=lambda method: method.name)
+def test_every_method_of_figure_3_gives_a_record(method: Method, out: Path) -> None:
+    record = trials.run_trial(dataclasses.replace(BASE, method=method), out / "models")
+    assert len(record["success"]) == len(record["regret"]) == 3
+    assert all(0.0 <= rate <= 1.0 for rate in record["success"])
+    assert record["expert_success"] == 1.0
+    json.dumps(record)
+
+
+def test_a_printed_posterior_that_breaks_counts_as_failure_from_there(monkeypatch: Any, pretrained: KBT) -> None:
+    learner = learners.build(printed_method(1e-2), pretrained)
+    monkeypatch.setattr("kbt_rl.experiments.printed._proper", lambda weights, cov: learner.labels_used < 7)
+    monkeypatch.setattr(trials, "build", lambda method, pretrained: learner)
+    record = trials._adapt(dataclasses.replace(BASE, method=printed_method(1e-2)), pretrained)
+    assert record["failed_after"] == 7
+    assert record["success"][-1] == 0.0
+    assert record["regret"][-1] == 99.0
+
+
+@pytest.mark.parametrize("rule", ["measure", "replace"])
+def test_uncertainty_trial_tells_variance_error_and_coverage(rule: str, out: Path) -> None:
+    trial = dataclasses.replace(
+        BASE, kind="uncertainty", method=Method(rule, "kbt", {"rule": rule}), noise_variance=20.0, samples=700
+    )
+    record = trials.run_trial(trial, out / "models")
+    assert record["noise_floor"] == pytest.approx(20.0)
+    assert record["final_variance"] == pytest.approx(20.0, rel=0.3)
+    assert len(record["iterations"]) == len(record["predicted_variance"])
+    assert 0.5 < record["coverage"] <= 1.0
+
+
+def test_visited_labels_follow_the_learners_own_path(out: Path) -> None:
+    base = dataclasses.replace(BASE, kind="correlated", stream="visited", samples=60, checkpoints=(0, 60))
+    untrained = dataclasses.replace(base, method=warm_start_method(100, 1e-3))  # its memory never fills
+    assert trials.run_trial(untrained, out / "models")["falls"] >= 1  # the pre-trained policy falls on this plant
+    assert trials.run_trial(base, out / "models")["falls"] == 0
+
+
+def test_a_finished_trial_is_not_run_again(out: Path, monkeypatch: Any) -> None:
+    path = perform(BASE, out)
+    monkeypatch.setattr("kbt_rl.experiments.runner.run_trial", lambda *_: pytest.fail("ran again"))
+    assert perform(BASE, out) == path == result_path(BASE, out)
+    (result,) = read_results([BASE, dataclasses.replace(BASE, samples=99)], out)
+    assert result["trial"]["samples"] == 12
+    assert result["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    plan = [dataclasses.replace(BASE, stream_seed=seed) for seed in range(4)]
+    script = (
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from kbt_rl.agents.behaviour_cloning import PretrainConfig\n"
+        "from kbt_rl.experiments.config import KBT_METHOD, Trial\n"
+        "from kbt_rl.experiments.runner import run_all\n"
+        f"plan = [Trial('adapt', KBT_METHOD, 0, s, samples=12, starts=3, checkpoints=(0, 6, 12), pretraining={TINY!r})"
+        " for s in range(4)]\n"
+        "run_all(plan, Path(sys.argv[1]), 1, Console())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("trials/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = len(read_results(plan, tmp_path / "killed"))
+    assert 1 <= before <= 4
+    run_all(plan, tmp_path / "killed", 1, Console(quiet=True))
+    run_all(plan, tmp_path / "whole", 1, Console(quiet=True))
+    assert read_results(plan, tmp_path / "killed") == read_results(plan, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
+    plan = [dataclasses.replace(BASE, stream_seed=seed) for seed in range(3)]
+    run_all(plan, tmp_path / "two", 2, Console(quiet=True))
+    run_all(plan, tmp_path / "one", 1, Console(quiet=True))
+    records = [[result["record"] for result in read_results(plan, tmp_path / name)] for name in ("one", "two")]
+    assert records[0] == records[1]
+
+
+def test_tuning_prefers_success_and_settles_ties_by_regret() -> None:
+    def result(rate: float, success: float, regret: float) -> dict[str, Any]:
+        method = dataclasses.asdict(warm_start_method(10, rate))
+        return {"trial": {"method": method}, "record": {"success": [success], "regret": [regret]}}
+
+    table = score([result(1e-3, 0.5, 1.0), result(1e-2, 0.9, 0.5), result(1e-2, 0.9, 0.7), result(3e-2, 0.898, 0.1)])
+    from kbt_rl.experiments.tune import _best
+
+    assert _best(table["warm start 10"], "learning_rate") == 3e-2
+    assert _best(table["warm start 10"][:2], "learning_rate") == 1e-2
