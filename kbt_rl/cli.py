@@ -147,7 +147,7 @@ class Adapt:
         model = _load_kbt(self.model)
         model.set_env(env)
         model.set_random_seed(self.seed)
-        model.stream_rng = np.random.default_rng(self.seed)
+        model.stream_rng = np.random.default_rng([self.seed, 1])
         model.tensorboard_log = str(self.tensorboard)
         adapter = KalmanAdapter(LQRExpert.for_env(env), self.stream)
         watch = EvalCallback(evaluation, eval_freq=self.eval_every, n_eval_episodes=20, verbose=0)

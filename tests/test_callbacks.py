@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kbt_rl import KBT, KalmanAdapter, LQRExpert, OnlineAdapter
 from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.envs.sb3_vec_env import InvertedPendulumSB3VecEnv
 
 LEARNERS = pytest.mark.parametrize("make", [kbt, warm_start], ids=["kbt", "warm start"])
 SHARED = {"kalman/labels", "kalman/update_ms", "kalman/innovation"}
@@ -283,3 +284,22 @@ def test_predictions_are_better_after_the_run_than_before() -> None:
     before = error()
     model.learn(40, callback=KalmanAdapter(expert()))
     assert error() < 0.05 * before
+
+
+def test_a_tracking_expert_labels_each_plant_of_a_vector_env() -> None:
+    env = InvertedPendulumSB3VecEnv(SHIFTED, 2)
+    env.env_method("set_dynamics", pole_mass=0.5, indices=[1])
+    model = kbt()
+    model.set_env(env)
+    model.learn(4, callback=KalmanAdapter(LQRExpert.for_env(env, tracking=True), "visited"))
+    assert model.labels_used == 4
+
+
+def test_every_plant_of_a_vector_env_is_held_against_the_expert() -> None:
+    env = InvertedPendulumSB3VecEnv(SHIFTED, 2)
+    fixed = LQRExpert.for_env(env)
+    env.env_method("set_dynamics", pole_mass=0.5, indices=[1])
+    model = kbt()
+    model.set_env(env)
+    with pytest.raises(ValueError, match="made for params"):
+        model.learn(4, callback=KalmanAdapter(fixed))

@@ -26,6 +26,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from kbt_rl import KBT, DecisionTransformerConfig, KalmanAdapter, Sample
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, rollout_demonstrations
+from kbt_rl.agents.kbt import KBTInfo
 from kbt_rl.envs.sb3_vec_env import InvertedPendulumSB3VecEnv
 
 
@@ -400,3 +401,10 @@ def test_start_from_a_learner_that_does_not_fit_changes_nothing(make, message: s
         model.start_from(make())
     assert not changed(before, weights(model))
     assert model.max_force == 120.0
+
+
+def test_without_a_label_the_record_has_its_usual_fields() -> None:
+    info = kbt().update(Sample(states(2), np.full((2, 1), np.nan)))
+    assert isinstance(info, KBTInfo)
+    assert info.labels == 0
+    assert np.isnan(info.nis)

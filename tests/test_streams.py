@@ -189,5 +189,15 @@ def test_a_stream_that_does_not_fit_changes_nothing(stream: SampleStream, messag
     before = weights(model)
     with pytest.raises(ValueError, match=message):
         model.learn(3, callback=KalmanAdapter(expert(), stream))
-    assert (model.labels_used, model.stream_position, model.num_timesteps) == (0, 0, 0)
+    assert (model.labels_used, model.stream_positions, model.num_timesteps) == (0, {}, 0)
     assert not changed(before, weights(model))
+
+
+def test_another_recording_starts_at_its_own_beginning() -> None:
+    model = kbt()
+    first, second = states(6, seed=1), states(6, seed=2)
+    model.learn(4, callback=KalmanAdapter(None, RecordedStream(first, np.zeros((6, 1)))))
+    seen = Updates(model)
+    recorded = KalmanAdapter(None, RecordedStream(second, np.zeros((6, 1))))
+    model.learn(3, callback=recorded, reset_num_timesteps=False)
+    np.testing.assert_array_equal(seen.observations, second[:3])

@@ -53,6 +53,7 @@ class KBT(OnlineAlgorithm):
     """
 
     policy: DecisionTransformerPolicy
+    info_type = KBTInfo
 
     def __init__(
         self,

@@ -110,6 +110,11 @@ class LQRExpert(BasePolicy):
         return cls(observation_space, action_space, tracker.gains[0], max_force, params)
 
     @property
+    def tracking(self) -> bool:
+        """Whether the expert follows the parameters of the environment it was made for."""
+        return self._tracker is not None
+
+    @property
     def params(self) -> InvertedPendulumParams | None:
         """The plant that the gain is for; of a tracking expert the current one, which must be one for all."""
         return self._params if self._tracker is None else _common(self._tracker.params, "parameters")

@@ -48,6 +48,7 @@ class OnlineAlgorithm(BaseAlgorithm):
     """
 
     policy: TransformerPolicy
+    info_type: ClassVar[type[LearnerInfo]] = LearnerInfo
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "DecisionTransformerPolicy": DecisionTransformerPolicy,
         "TransformerPolicy": TransformerPolicy,
@@ -89,8 +90,9 @@ class OnlineAlgorithm(BaseAlgorithm):
         self.pretrain_info: PretrainInfo | None = None
         self.labels_used = 0
         # The state of the label stream lives here rather than in a callback, so that it is saved with the model.
-        self.stream_rng = np.random.default_rng(seed)
-        self.stream_position = 0
+        # A generator of its own: pre-training draws its states from the seed itself.
+        self.stream_rng = np.random.default_rng(None if seed is None else [seed, 1])
+        self.stream_positions: dict[str, int] = {}
         self._context: ContextWindow | None = None
         self._features: Tensor | None = None
         if self.env is not None:
@@ -143,7 +145,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         target = np.atleast_2d(np.asarray(sample.target, dtype=np.float64))
         rows = labelled_rows(target, sample.mask, len(context.timesteps), self.policy.action_size)
         if len(rows) == 0:
-            return LearnerInfo(0, float("nan"))
+            return self.info_type(labels=0, innovation=float("nan"))
         features = sample.features
         shape = (len(target), self.policy.transformer_config.width)
         if features is not None and features.shape != shape:

@@ -54,6 +54,8 @@ class WarmStart(OnlineAlgorithm):
         device: The CPU by default.
     """
 
+    info_type = WarmStartInfo
+
     def __init__(
         self,
         policy: str | type[BasePolicy] = "TransformerPolicy",

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.callbacks import BaseCallback
 
-from kbt_rl.agents.experts import Expert, as_labeller, env_attribute, max_force
+from kbt_rl.agents.experts import Expert, as_labeller, max_force
 from kbt_rl.agents.kbt import KBT, KBTInfo
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import LearnerInfo, Sample
@@ -69,8 +69,12 @@ class OnlineAdapter(BaseCallback):
 
     def _check_plant(self, expert: Expert) -> None:
         """An expert of another plant, or of another force limit, is almost always a mistake."""
-        limit, params = max_force(self.training_env), env_attribute(self.training_env, "params", None)
-        for name, plant in (("max_force", None if np.isnan(limit) else limit), ("params", params)):
+        env = self.training_env
+        limit = max_force(env)
+        found = [("max_force", None if np.isnan(limit) else limit)]
+        if not getattr(expert, "tracking", False) and env.has_attr("params"):
+            found += [("params", params) for params in env.get_attr("params")]
+        for name, plant in found:
             own = getattr(expert, name, None)
             if own is not None and plant is not None and own != plant:
                 raise ValueError(

@@ -6,6 +6,7 @@ position live in the model, so that a saved model continues the same stream.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -102,8 +103,9 @@ class VisitedStream(SampleStream):
 
     def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch | None:
         """See ``SampleStream``."""
-        model.stream_position += 1
-        if model.stream_position % self.every:
+        position = model.stream_positions.get("visited", 0) + 1
+        model.stream_positions["visited"] = position
+        if position % self.every:
             return None
         return StreamBatch(step["context"], step["features"])
 
@@ -122,6 +124,8 @@ class RecordedStream(SampleStream):
         if len(observations) != len(targets):
             raise ValueError(f"{len(observations)} observations and {len(targets)} targets; one of each a sample")
         self.observations, self.targets = np.asarray(observations), np.asarray(targets)
+        digest = hashlib.sha256(self.observations.tobytes() + self.targets.tobytes()).hexdigest()
+        self._key = f"recorded {digest[:16]}"  # another recording starts at its own beginning
 
     def check(self, model: OnlineAlgorithm) -> None:
         """Observations and targets must have the model's sizes."""
@@ -135,10 +139,11 @@ class RecordedStream(SampleStream):
 
     def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch | None:
         """See ``SampleStream``; None once the recording has ended."""
-        rows = slice(model.stream_position, model.stream_position + model.n_envs)
-        if rows.start >= len(self.observations):
+        start = model.stream_positions.get(self._key, 0)
+        if start >= len(self.observations):
             return None
-        model.stream_position = min(rows.stop, len(self.observations))
+        rows = slice(start, min(start + model.n_envs, len(self.observations)))
+        model.stream_positions[self._key] = rows.stop
         return StreamBatch(model.policy.start(self.observations[rows]), target=self.targets[rows])
 
 

@@ -25,10 +25,10 @@ from kbt_rl.experiments.config import (
 )
 from kbt_rl.experiments.runner import Result, read_results, run_all, versions, write_json
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # A coarser grid than the reported one: evaluation is most of the time.
 _CHECKPOINTS = (10, 20, 30, 50, 75, 100, 150, 200, 300, 400)
-EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 def tuning_plan(streams: int, policies: int, seed: int = 0) -> list[Trial]:

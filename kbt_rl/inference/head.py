@@ -289,7 +289,7 @@ class BayesianHead(nn.Module):
             target: What the outputs should have been, ``(B, o)``; one-hot rows or distributions with softmax.
 
         Returns:
-            The record of the update in units of ``target_scale``; of the last block where there are several.
+            The record of the update in units of ``target_scale``, over all blocks where there are several.
         """
         if len(features) <= functional.MAX_JOINT_ROWS:
             step = self.increment(features, target)
@@ -298,12 +298,14 @@ class BayesianHead(nn.Module):
         features, target = self._checked(features, target)
         copy = self.state.clone()
         size = functional.MAX_JOINT_ROWS
+        records: list[UpdateInfo] = []
         for rows, labels in zip(features.split(size), target.split(size), strict=True):
             step = functional.increment(copy, rows, labels, self.rule, self.noise_cov)
             functional.apply(copy, step)
+            records.append(step.info)
         functional.overwrite(self.state, copy)
         self.labels_seen += len(features)
-        return step.info
+        return functional.merge(records)
 
     def standardise(self, features: Tensor) -> Tensor:
         """Features ``(..., d)`` in float64, centred and scaled as at pre-training."""

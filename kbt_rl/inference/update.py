@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -167,6 +167,23 @@ def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, variances
         epistemic_variance=epistemic,
         predictive_variance=epistemic + float(noise_cov.trace()) / len(noise_cov),
         smallest_variance=float(variances.min()),
+        labels=labels,
+    )
+
+
+def merge(records: Sequence[UpdateInfo]) -> UpdateInfo:
+    """One record of successive blocks: sums of NIS and labels, averages over the labels of what is an average."""
+    labels = sum(record.labels for record in records)
+
+    def average(values: Iterable[float]) -> float:
+        return sum(value * record.labels for value, record in zip(values, records, strict=True)) / labels
+
+    return UpdateInfo(
+        innovation=math.sqrt(average(record.innovation**2 for record in records)),
+        nis=sum(record.nis for record in records),
+        epistemic_variance=average(record.epistemic_variance for record in records),
+        predictive_variance=average(record.predictive_variance for record in records),
+        smallest_variance=records[-1].smallest_variance,
         labels=labels,
     )
 
