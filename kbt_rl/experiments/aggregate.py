@@ -83,7 +83,12 @@ def methods_of(rows: Iterable[CurveRow]) -> list[str]:
 
 def warm_starts(methods: Iterable[str]) -> list[str]:
     """The warm starts among the methods, by memory."""
-    return sorted((name for name in methods if name.startswith(WARM_START)), key=lambda name: int(name.split()[-1]))
+    return sorted((name for name in methods if name.startswith(WARM_START)), key=memory_of)
+
+
+def memory_of(warm_start: str) -> int:
+    """Memory of a warm start, which its name ends in."""
+    return int(warm_start.split()[-1])
 
 
 def curve(rows: Iterable[CurveRow], method: str, value: Value = "success", stream: str | None = None) -> CurveEstimate:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kbt_rl.experiments.aggregate import curve, estimate, failures, methods_of
+from kbt_rl.experiments.aggregate import curve, failures, methods_of
+from kbt_rl.experiments.figures_more import draw_correlated, draw_initialisation, draw_softmax
 from kbt_rl.experiments.plot_style import (
     BLUE,
     FAINT,
@@ -17,6 +18,7 @@ from kbt_rl.experiments.plot_style import (
     PURPLE,
     VERMILION,
     LineStyle,
+    blank_figure,
     draw_curve,
     legend_below,
     method_styles,
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 
 _RULES = {"measure": LineStyle(VERMILION), "replace": LineStyle(BLUE, (0, (3, 1.5)))}
 _LEVEL_COLORS = (INK, GREEN, VERMILION, PURPLE)
-#: Lower end of the regret axis; smaller and negative values are drawn there.
-_LEAST_REGRET = 1e-3
 
 
 def draw_figures(out: Path) -> list[Path]:
@@ -65,24 +65,33 @@ def draw_figure3(tables: Tables) -> Figure:
     styles = method_styles(methods_of(rows))
     last = max(row.samples for row in rows)
     trials = max(len(values) for values in _trials_by_method(rows).values())
+    least = _least_regret(rows)
     figure, axes = new_figure(5.6, ncols=2)
     success, regret = axes[0]
     for method, look in styles.items():
         if method != FLOOR:
             draw_curve(success, curve(rows, method), look, method)
         if method != EXPERT:  # whose regret is zero
-            draw_curve(regret, curve(rows, method, "regret"), look, method, floor=_LEAST_REGRET)
+            draw_curve(regret, curve(rows, method, "regret"), look, method, floor=least)
         _mark_failures(success, rows, method, look)
     for panel in (success, regret):
         split_scale(panel, last)
         panel.set_xlabel("labelled samples" + (", two linear scales meeting at 50" if last > 50 else ""))
     success.set(title="Success rate on the shifted plant", ylabel="share of starts that succeed", ylim=(-0.03, 1.03))
     regret.set(title="Regret against the expert", ylabel="cost / cost of the expert $-$ 1", yscale="log")
-    regret.set_ylim(_LEAST_REGRET, 200)
-    figure.suptitle(f"mean of {trials} trials and 95 % interval", x=0.995, ha="right", fontsize=9.5, color=FAINT)
-    success.plot([], [], **LineStyle(INK, (0, (1, 1.2)), 1.4).options, label=FLOOR) if FLOOR in styles else None
-    legend_below(figure, success, columns=5)
+    regret.set_ylim(least, 200)
+    shown = f"mean of {trials} trials, 95 % interval" if trials > 1 else "one trial"
+    figure.suptitle(shown, x=0.995, ha="right", fontsize=9.5, color=FAINT)
+    if FLOOR in styles:  # which has no success rate, but a place in the legend
+        success.plot([], [], label="best linear head on the features", **styles[FLOOR].options)
+    legend_below(figure, success, columns=4)
     return figure
+
+
+def _least_regret(rows: Sequence[AdaptRow]) -> float:
+    """Lower end of the regret axis: the power of ten below all mean regrets, within reason."""
+    means = [e.mean for method in methods_of(rows) for e in curve(rows, method, "regret").estimates if e.mean > 0]
+    return float(10.0 ** np.clip(np.floor(np.log10(min(means, default=1.0))), -4, 0))
 
 
 def _trials_by_method(rows: Sequence[AdaptRow]) -> dict[str, set[tuple[int, int]]]:
@@ -125,7 +134,9 @@ def draw_figure4(tables: Tables) -> Figure:
         values = [1e3 * getattr(row, field) for row in rows]
         colors = [look.color for look in styles.values()]
         bars = panel.barh(places + shift, values, height=0.38, color=colors, alpha=alpha, zorder=2)
-        panel.bar_label(bars, [f" {value:.3g} ms" for value in values], fontsize=9, color=INK)
+        words = [f"{value:.3g} ms" for value in values]
+        patch = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        panel.bar_label(bars, words, padding=4, fontsize=9, color=INK, bbox=patch)
         panel.barh([0], [0], color=INK, alpha=alpha, label=label)
     panel.set(title="Computation time per labelled sample", xlabel="milliseconds, log scale", xscale="log")
     panel.set_yticks(places, list(styles))
@@ -143,11 +154,7 @@ def draw_figure4(tables: Tables) -> Figure:
 
 def draw_figure5(tables: Tables) -> Figure:
     """Predicted variance against iterations; error of the mean and coverage at the end."""
-    from matplotlib.figure import Figure
-
-    from kbt_rl.experiments.plot_style import DPI, WIDTH
-
-    figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
+    figure = blank_figure(5.2)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.6, 1))
     panel = figure.add_subplot(grid[:, 0])
     _draw_variances(panel, tables)
@@ -220,73 +227,3 @@ def _draw_coverage(panel: Axes, rows: Sequence[UncertaintyRow]) -> None:
     panel.set_ylim(min(90.0, 100 * min(row.coverage for row in rows) - 3), 100)
     panel.set_xlim(-0.5, len(levels) - 0.5)
     panel.set_xticks(range(len(levels)), [f"{level:g} N²" for level in levels])
-
-
-# ---------------------------------------------------------------------- the others
-
-
-def draw_initialisation(tables: Tables) -> Figure:
-    """Head against the pre-trained layer before any update."""
-    figure, axes = new_figure(4.2)
-    panel = axes[0, 0]
-    looks = zip((GREEN, VERMILION, BLUE), ("o", "s", "^"), (11, 7, 5), strict=True)
-    for layers, (color, marker, size) in zip((1, 2, 3), looks, strict=True):
-        points = [
-            (row.prior_variance, max(row.largest_difference, 1e-17))
-            for row in tables.initialisation
-            if row.layers == layers
-        ]
-        if points:
-            panel.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=size, label=f"L = {layers}")
-    panel.axhline(1e-10, color=INK, linestyle="--", linewidth=1.2, label="to be reached")
-    panel.axhline(np.finfo(np.float64).eps, color=FAINT, linewidth=0.9, label="rounding of float64")
-    panel.set(title="Largest difference between the Bayesian head and the pre-trained layer before any update")
-    panel.set(xscale="log", yscale="log", ylim=(1e-17, 1e-8))
-    panel.set(xlabel="prior variance of all weights", ylabel="difference / rms of the labels")
-    legend_below(figure, panel, columns=5)
-    return figure
-
-
-def draw_softmax(tables: Tables) -> Figure:
-    """Error of the first-order softmax moments against sampling."""
-    variances = [row.logit_variance for row in tables.softmax]
-    figure, axes = new_figure(3.9, ncols=2)
-    panels = (("mean_rmse", "Mean of the probabilities", "rms error"),
-              ("cov_relative_error", "Covariance of the probabilities", "relative error, Frobenius norm"))  # fmt: skip
-    for panel, (field, title, label) in zip(axes[0], panels, strict=True):
-        values = [getattr(row, field) for row in tables.softmax]
-        panel.plot(variances, values, color=VERMILION, marker="o", markersize=5)
-        panel.set(title=title, xlabel="variance of the logits", ylabel=label, xscale="log", yscale="log")
-    axes[0, 1].axhline(1.0, color=FAINT, linewidth=0.9)
-    axes[0, 1].text(variances[0], 1.1, "as large as the covariance itself", color=FAINT, fontsize=9, va="bottom")
-    figure.suptitle("First-order moments of the softmax against sampling", x=0.01, ha="left", color=FAINT, fontsize=10)
-    return figure
-
-
-def draw_correlated(tables: Tables) -> Figure:
-    """Success with labels at visited states against i.i.d. ones, a panel for each method."""
-    rows = tables.correlated
-    styles = method_styles(methods_of(rows))
-    last = max(row.samples for row in rows)
-    figure, axes = new_figure(3.9, ncols=len(styles), sharey=True)
-    for panel, (method, look) in zip(axes[0], styles.items(), strict=True):
-        for stream, line, width in (("iid", "-", 2.4), ("visited", (0, (3, 1.5)), 1.8)):
-            points = curve(rows, method, stream=stream)
-            if points.samples:
-                draw_curve(panel, points, look._replace(line=line, width=width), stream)
-        falls = [row.falls for row in rows if row.method == method and row.falls is not None and row.samples == last]
-        if falls:
-            words = f"{estimate(falls).mean:.1f} falls a run"
-            panel.text(0.97, 0.04, words, transform=panel.transAxes, ha="right", fontsize=9, color=FAINT)
-        panel.set(title=method, xlabel="labels", xlim=(0, last), ylim=(-0.03, 1.03))
-    axes[0, 0].set_ylabel("share of starts that succeed")
-    figure.suptitle("Success rate by where labels are asked", x=0.01, ha="left", color=FAINT, fontsize=10)
-    _legend_of_streams(figure, axes[0, 0])
-    return figure
-
-
-def _legend_of_streams(figure: Figure, panel: Axes) -> None:
-    panel.plot([], [], color=INK, linewidth=2.4, label="i.i.d. states of the label box")
-    panel.plot([], [], color=INK, linestyle=(0, (3, 1.5)), linewidth=1.8, label="states that the learner visits itself")
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles[-2:], labels[-2:], loc="outside lower center", ncols=2)

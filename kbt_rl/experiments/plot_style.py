@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kbt_rl.experiments.aggregate import CurveEstimate, warm_starts
+from kbt_rl.experiments.aggregate import CurveEstimate, memory_of, warm_starts
+from kbt_rl.experiments.config import MEMORIES
 from kbt_rl.experiments.tables import EXPERT, FLOOR, KBT, LINEAR, PRETRAINED, PRINTED
 
 if TYPE_CHECKING:
@@ -56,11 +57,16 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, **gridspec: Any) -> tuple[Figure, Any]:
-    """A figure of the common width without pyplot, and its axes, an array of ``nrows`` x ``ncols``."""
+def blank_figure(height: float) -> Figure:
+    """A figure of the common width, without pyplot and its global state."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def new_figure(height: float, **gridspec: Any) -> tuple[Figure, Any]:
+    """A figure of the common width and its axes, an array of ``nrows`` x ``ncols``."""
+    figure = blank_figure(height)
     return figure, figure.subplots(squeeze=False, **gridspec)
 
 
@@ -98,26 +104,28 @@ _STYLES = {
 
 
 def method_styles(methods: Sequence[str]) -> dict[str, LineStyle]:
-    """A style for each method, in the order of the legend: warm starts as one graded colour, the lighter the fewer."""
+    """A style for each method, in the order of the legend."""
+    warm = warm_starts(methods)
+    others = [name for name in methods if name not in _STYLES and name not in warm]
+    order = [KBT, LINEAR, PRINTED, *others, *warm, PRETRAINED, FLOOR, EXPERT]
+    styles = {**{name: LineStyle(ORANGE) for name in others}, **{name: _shade(name) for name in warm}, **_STYLES}
+    return {name: styles[name] for name in order if name in methods}
+
+
+def _shade(warm_start: str) -> LineStyle:
+    """One graded colour for all warm starts, the darker the more memory, the same in every figure."""
     from matplotlib import colormaps
 
-    warm = warm_starts(methods)
-    shades = colormaps["Blues"](np.linspace(0.38, 1.0, max(len(warm), 2)))
-    graded = {name: LineStyle(tuple(shade)) for name, shade in zip(warm, shades, strict=False)}
-    others = {name: LineStyle(ORANGE) for name in methods}
-    styles = {**_STYLES, **others, **graded, **_STYLES}
-    order = [KBT, LINEAR, PRINTED, *(name for name in methods if name not in _STYLES and name not in warm), *warm]
-    known = [*order, PRETRAINED, FLOOR, EXPERT]
-    return {name: styles[name] for name in known if name in methods}
+    few, many = np.log(MEMORIES[0]), np.log(MEMORIES[-1])
+    place = (np.log(memory_of(warm_start)) - few) / (many - few)
+    return LineStyle(tuple(colormaps["Blues"](0.36 + 0.64 * float(np.clip(place, 0.0, 1.0)))))
 
 
 def draw_curve(axes: Axes, points: CurveEstimate, look: LineStyle, label: str, floor: float | None = None) -> None:
     """Mean as a line and 95 % interval as a band; values below ``floor`` are drawn there."""
+    least = -np.inf if floor is None else floor
     mean, lower, upper = (
-        np.maximum(
-            np.array([getattr(e, name) for e in points.estimates], dtype=float), -np.inf if floor is None else floor
-        )
-        for name in ("mean", "lower", "upper")
+        np.maximum([getattr(e, name) for e in points.estimates], least) for name in ("mean", "lower", "upper")
     )
     axes.fill_between(points.samples, lower, upper, color=look.color, alpha=0.16, linewidth=0, zorder=look.order - 1)
     axes.plot(points.samples, mean, label=label, solid_capstyle="round", **look.options)

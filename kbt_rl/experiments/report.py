@@ -90,12 +90,15 @@ def _timing_table(rows: Sequence[TimingRow]) -> TableText:
 def _target_table(found: Sequence[Target]) -> TableText:
     answer = {True: "yes", False: "NO", None: "not measured"}
     body = [
-        [
-            ("aim: " if target.aim else "") + target.what,
-            target.required,
-            "" if target.measured is None else f"{target.measured:.3g} {target.detail}".strip(),
-            answer[target.reached],
-        ]
+        [("aim: " if target.aim else "") + target.what, target.required, _measured(target), answer[target.reached]]
         for target in found
     ]
     return "Figures to reach", ("what", "required", "measured", "reached"), body
+
+
+def _measured(target: Target) -> str:
+    """Value, interval, and where it comes from."""
+    if target.measured is None:
+        return ""
+    interval = "" if target.interval is None else " [{:.3g}, {:.3g}]".format(*target.interval)
+    return f"{target.measured:.3g}{interval} {target.detail}".strip()

@@ -18,14 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kbt_rl.inference import joint, smoother
-from kbt_rl.inference.errors import UpdateError
+from kbt_rl.inference import joint, scalar_step, smoother
+from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.moments import Gaussian
-from kbt_rl.inference.output import Conditioning, OutputRule
+from kbt_rl.inference.output import Conditioning, OutputRule, measure
 from kbt_rl.inference.structures import LAYERWISE, LayerShape
 
 # Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
 MAX_JOINT_ROWS = 32
+# A variance counts as what is left of it after rounding, so that a downdate to nothing is refused, not left below 0.
+_KEPT = 1.0 - 8.0 * torch.finfo(torch.float64).eps
+_DOWNDATE = torch.full((1,), -1.0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -145,16 +148,39 @@ def increment(state: HeadState, features: Tensor, target: Tensor, rule: OutputRu
     Raises:
         UpdateError: The update would not be finite or would make a variance negative. Nothing has changed.
     """
+    if rule.condition is measure and scalar_step.applies(state, len(features)):
+        return _scalar_increment(state, features, float(target), float(noise_cov))
     output, cross_cov = propagate(state, features)
     step = rule.condition(output, target, noise_cov)
     # One pass over the cross-covariance for the mean and the covariance.
     moves = cross_cov @ torch.cat([step.mean_step.unsqueeze(-1), step.cov_factor], dim=-1)
     mean_step, factor = moves[:, 0], moves[:, 1:]
-    variances = state.variances() + (factor * factor) @ step.signs
+    variances = _KEPT * state.variances() + (factor * factor) @ step.signs
     info = _describe(output, step, noise_cov, variances)
     # One sum finds any NaN or infinity of a vector; inf - inf is NaN.
     _check(float(mean_step.sum()), info)
     return Increment(mean_step, factor, step.signs, info)
+
+
+def _scalar_increment(state: HeadState, features: Tensor, target: float, noise_variance: float) -> Increment:
+    """``increment`` with the rule ``measure`` for one row and one output, without PyTorch's cost per call."""
+    predicted = scalar_step.propagate(state, features[0].numpy())
+    predictive = predicted.variance + noise_variance
+    if not predictive > 0.0:
+        raise NotPositiveDefiniteError("predicted covariance plus noise", predictive)
+    innovation = target - predicted.mean
+    mean_step = predicted.cross_cov * (innovation / predictive)
+    factor = predicted.cross_cov / math.sqrt(predictive)
+    info = UpdateInfo(
+        innovation=abs(innovation),
+        nis=innovation * innovation / predictive,
+        epistemic_variance=predicted.variance,
+        predictive_variance=predictive,
+        smallest_variance=float((_KEPT * scalar_step.variances(state) - factor * factor).min()),
+        labels=1,
+    )
+    _check(float(mean_step.sum()), info)
+    return Increment(torch.from_numpy(mean_step), torch.from_numpy(factor).unsqueeze(-1), _DOWNDATE, info)
 
 
 def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, variances: Tensor) -> UpdateInfo:
