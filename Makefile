@@ -11,7 +11,7 @@ export OMP_NUM_THREADS := 1
 $(STAMP): pyproject.toml
 	@echo "Creating .venv and installing kbt_rl into it (torch is the large part) ..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
 	@touch $(STAMP)
 
 reproduce: $(STAMP)  ## The paper's experiment: table, figures, TensorBoard runs in results/

@@ -9,6 +9,7 @@ from torch import nn
 from kbt_rl.inference import scalar_step
 from kbt_rl.inference.errors import NotPositiveDefiniteError
 from kbt_rl.inference.head import BayesianHead, HeadConfig
+from kbt_rl.inference.output import RULES
 
 
 def random_head(seed: int, width: int | None = None, hidden_variance: float = 1e-2) -> BayesianHead:
@@ -21,12 +22,14 @@ def random_head(seed: int, width: int | None = None, hidden_variance: float = 1e
     return head
 
 
+@pytest.mark.parametrize("rule", ["measure", "replace"])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("width", "hidden_variance"), [(None, 1e-2), (13, 1e-5), (None, 0.0)])
 def test_the_increment_equals_the_definition(
-    seed: int, width: int | None, hidden_variance: float, monkeypatch: pytest.MonkeyPatch
+    seed: int, width: int | None, hidden_variance: float, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = random_head(seed, width, hidden_variance)
+    head.rule = RULES[rule]
     features, target = torch.randn(1, 5, generator=torch.Generator().manual_seed(seed + 50)), torch.ones(1, 1)
     assert scalar_step.applies(head.state, 1)
     fast = head.increment(features, target)
@@ -34,6 +37,7 @@ def test_the_increment_equals_the_definition(
     plain = head.increment(features, target)
     scale = float(plain.mean_step.abs().max())
     torch.testing.assert_close(fast.mean_step, plain.mean_step, rtol=1e-10, atol=1e-12 * scale)
+    assert torch.equal(fast.signs, plain.signs)
     torch.testing.assert_close(fast.cov_factor.abs(), plain.cov_factor.abs(), rtol=1e-10, atol=1e-13)
     for name in ("innovation", "nis", "epistemic_variance", "predictive_variance", "smallest_variance", "labels"):
         assert getattr(fast.info, name) == pytest.approx(getattr(plain.info, name), rel=1e-9, abs=1e-15), name

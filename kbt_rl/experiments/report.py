@@ -22,7 +22,7 @@ def print_report(tables: Tables, console: Console) -> None:
         for index, name in enumerate(header):
             table.add_column(name, justify="right" if index else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(cell.replace(" [", "\n[") for cell in row))  # intervals below their means, to save width
         console.print(table)
 
 
@@ -68,14 +68,14 @@ def _curve_table(title: str, rows: Sequence[AdaptRow], regret: bool) -> TableTex
         cells = []
         for count in shown:
             found = points.at(count)
-            text = "" if found is None else f"{found.mean:.3f}" if regret else _interval(found)
-            cells.append(text + (f" ({failed[count]} NaN)" if failed.get(count) else ""))
+            lost = f" ({failed[count]} NaN)" if failed.get(count) else ""
+            cells.append("" if found is None else f"{found.mean:.3f}{lost}" if regret else _interval(found, lost))
         body.append([method, *cells])
     return title, ("method", *(str(count) for count in shown)), body
 
 
-def _interval(found: Estimate) -> str:
-    return f"{found.mean:.2f} [{found.lower:.2f}, {found.upper:.2f}]"
+def _interval(found: Estimate, lost: str) -> str:
+    return f"{found.mean:.2f}{lost} [{found.lower:.2f}, {found.upper:.2f}]"
 
 
 def _timing_table(rows: Sequence[TimingRow]) -> TableText:

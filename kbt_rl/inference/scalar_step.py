@@ -1,4 +1,4 @@
-"""The increment of the commonest update in NumPy: one row, one output, two layers, joint covariance, rule ``measure``.
+"""The increment of the commonest update in NumPy: one row, one output, two layers, joint covariance.
 
 At this size a PyTorch call costs more than its arithmetic, and NumPy's calls cost a third of it. The formulas are those
 of ``joint``, ``moments`` and ``output``, written out for scalars; ``tests/test_scalar_step.py`` holds the two together.

@@ -21,14 +21,14 @@ from torch import Tensor
 from kbt_rl.inference import joint, scalar_step, smoother
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.moments import Gaussian
-from kbt_rl.inference.output import Conditioning, OutputRule, measure
+from kbt_rl.inference.output import Conditioning, OutputRule, measure, replace
 from kbt_rl.inference.structures import LAYERWISE, LayerShape
 
 # Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
 MAX_JOINT_ROWS = 32
 # A variance counts as what is left of it after rounding, so that a downdate to nothing is refused, not left below 0.
 _KEPT = 1.0 - 8.0 * torch.finfo(torch.float64).eps
-_DOWNDATE = torch.full((1,), -1.0, dtype=torch.float64)
+_SIGNS = {sign: torch.full((1,), sign, dtype=torch.float64) for sign in (-1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def increment(state: HeadState, features: Tensor, target: Tensor, rule: OutputRu
     Raises:
         UpdateError: The update would not be finite or would make a variance negative. Nothing has changed.
     """
-    if rule.condition is measure and scalar_step.applies(state, len(features)):
-        return _scalar_increment(state, features, float(target), float(noise_cov))
+    if rule.condition in (measure, replace) and scalar_step.applies(state, len(features)):
+        return _scalar_increment(state, features, float(target), float(noise_cov), rule.condition is replace)
     output, cross_cov = propagate(state, features)
     step = rule.condition(output, target, noise_cov)
     # One pass over the cross-covariance for the mean and the covariance.
@@ -162,25 +162,31 @@ def increment(state: HeadState, features: Tensor, target: Tensor, rule: OutputRu
     return Increment(mean_step, factor, step.signs, info)
 
 
-def _scalar_increment(state: HeadState, features: Tensor, target: float, noise_variance: float) -> Increment:
-    """``increment`` with the rule ``measure`` for one row and one output, without PyTorch's cost per call."""
+def _scalar_increment(
+    state: HeadState, features: Tensor, target: float, noise_variance: float, replacing: bool
+) -> Increment:
+    """``increment`` with ``measure`` or ``replace`` for one row and one output, without PyTorch's cost per call."""
     predicted = scalar_step.propagate(state, features[0].numpy())
     predictive = predicted.variance + noise_variance
-    if not predictive > 0.0:
-        raise NotPositiveDefiniteError("predicted covariance plus noise", predictive)
+    inverted = predicted.variance if replacing else predictive
+    if not inverted > 0.0:
+        raise NotPositiveDefiniteError("predicted covariance, with noise unless the rule is 'replace',", inverted)
     innovation = target - predicted.mean
-    mean_step = predicted.cross_cov * (innovation / predictive)
-    factor = predicted.cross_cov / math.sqrt(predictive)
+    mean_step = predicted.cross_cov * (innovation / inverted)
+    # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
+    change = (noise_variance - inverted) / inverted**2 if replacing else -1.0 / inverted
+    factor = predicted.cross_cov * math.sqrt(abs(change))
+    sign = math.copysign(1.0, change)
     info = UpdateInfo(
         innovation=abs(innovation),
         nis=innovation * innovation / predictive,
         epistemic_variance=predicted.variance,
         predictive_variance=predictive,
-        smallest_variance=float((_KEPT * scalar_step.variances(state) - factor * factor).min()),
+        smallest_variance=float((_KEPT * scalar_step.variances(state) + sign * factor * factor).min()),
         labels=1,
     )
     _check(float(mean_step.sum()), info)
-    return Increment(torch.from_numpy(mean_step), torch.from_numpy(factor).unsqueeze(-1), _DOWNDATE, info)
+    return Increment(torch.from_numpy(mean_step), torch.from_numpy(factor).unsqueeze(-1), _SIGNS[sign], info)
 
 
 def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, variances: Tensor) -> UpdateInfo:
