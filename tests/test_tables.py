@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fabricated import KBT_REGRET, KBT_SUCCESS, adapt, everything, timing, uncertainty
+from fabricated import BASE, KBT_REGRET, KBT_SUCCESS, adapt, everything, timing, uncertainty
 from rich.console import Console
 
 from kbt_rl.experiments.aggregate import (
@@ -249,7 +250,7 @@ def test_the_summary_holds_seeds_configuration_versions_and_the_worst_encoder(tm
     adapt_kind = summary["configuration"]["adapt"]
     assert adapt_kind["trials"] == 32
     assert adapt_kind["methods"]["warm start 10"] == {"memory": 10, "learning_rate": 1e-3}
-    assert adapt_kind["pretraining"][0]["batch_size"] == 256
+    assert adapt_kind["pretraining"] == [asdict(BASE.pretraining)]
     assert all({"what", "required", "measured", "interval", "reached"} <= set(t) for t in summary["targets"])
     assert {p.name for p in path.parent.iterdir()} == {"summary.json", "figure3_summary.csv", "comparison.csv"}
 
