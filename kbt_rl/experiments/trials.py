@@ -223,7 +223,7 @@ def _timing(trial: Trial, pretrained: KBT) -> Record:
         update[i], encode[i] = time.perf_counter() - encoded, encoded - begin
         if isinstance(learner, PrintedKBT) and learner.failed_after is not None:
             # From here on it does nothing, which takes no time worth telling.
-            warm_up, update, encode = min(warm_up, i // 2), update[:i], encode[:i]
+            warm_up, update, encode = max(1, min(warm_up, i // 2)), update[:i], encode[:i]
             break
     update, encode = update[warm_up:], encode[warm_up:]
     # A block of warm start is paid for once every `memory` samples: its cost per sample is the mean over whole blocks.
