@@ -24,7 +24,6 @@ def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {"adapt_pendulum", "longer_context", "robot_loop"}
 
 
-@pytest.mark.filterwarnings("ignore:rich is experimental")  # SB3's progress bar is drawn by tqdm.rich
 def test_adapt_pendulum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = main_of("adapt_pendulum")(
         labels=100, episodes=8, pretraining=SMALL, log_folder=str(tmp_path / "runs")
