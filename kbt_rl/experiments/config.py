@@ -127,13 +127,13 @@ def reproduction_plan(*, full: bool = False, quick: bool = False, seed: int = FI
 
     Args:
         full: 30 streams times 3 pre-trained policies rather than 5 times 2.
-        quick: 2 streams, one policy, few samples; for a look.
+        quick: One stream, one policy, few samples; for a look.
         seed: First stream and pre-training seed; at least 1000 for reported figures.
     """
-    streams, policies = (30, 3) if full else (2, 1) if quick else (5, 2)
+    streams, policies = (30, 3) if full else (1, 1) if quick else (5, 2)
     pretraining = replace(PRETRAINING, steps=1_500) if quick else PRETRAINING
     pairs = [(seed + p, seed + s) for s in range(streams) for p in range(policies)]
-    checkpoints = (0, 10, 20, 50, 100, 200) if quick else CHECKPOINTS
+    checkpoints = (0, 10, 20, 30, 50, 100) if quick else CHECKPOINTS
     base = Trial("adapt", KBT_METHOD, seed, seed, pretraining=pretraining)
     adapt = [
         replace(
@@ -148,7 +148,7 @@ def reproduction_plan(*, full: bool = False, quick: bool = False, seed: int = FI
         for method in figure3_methods()
         for p, s in pairs
     ]
-    iterations = 2_000 if quick else 70_000
+    iterations = 1_000 if quick else 70_000
     uncertainty = [
         replace(
             base,
