@@ -82,10 +82,8 @@ def test_reload_registers_once() -> None:
 
 
 def test_version_is_that_of_the_project() -> None:
-    project = PACKAGE.parent / "pyproject.toml"
-    if not project.exists():
-        pytest.skip("not run from a source tree")
-    found = re.search(r'^version = "(.+)"$', project.read_text(), flags=re.MULTILINE)
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    found = re.search(r'^version = "(.+)"$', project, flags=re.MULTILINE)
     assert found is not None
     assert kbt_rl.__version__ == found.group(1)
 

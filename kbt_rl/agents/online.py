@@ -7,12 +7,15 @@ and the next action share the features.
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -345,6 +348,26 @@ class OnlineAlgorithm(BaseAlgorithm):
                 f"an action of 1 is {found} N in the new environment and {self.max_force} N in the one the policy "
                 f"was trained in; make the environment with max_force={self.max_force}"
             )
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: torch.device | str = "cpu",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """SB3's ``load``, on the CPU by default like the constructor.
+
+        Raises:
+            FileNotFoundError: There is no such file, with or without ``.zip``.
+        """
+        if isinstance(path, (str, Path)) and not (Path(path).exists() or Path(f"{path}.zip").exists()):
+            raise FileNotFoundError(f"there is no model at {path} or {path}.zip; model.save({str(path)!r}) writes one")
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_context", "_features"]
