@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from kbt_rl.agents.warm_start import WarmStart
     from kbt_rl.callbacks import KalmanAdapter, OnlineAdapter
     from kbt_rl.envs import InvertedPendulumParams
-    from kbt_rl.inference.head import BayesianHead, HeadConfig
+    from kbt_rl.inference.config import HeadConfig
+    from kbt_rl.inference.head import BayesianHead
     from kbt_rl.models.decision_transformer import DecisionTransformerConfig
 
 __version__ = "0.1.0"
@@ -44,7 +45,7 @@ _MODULE_OF = {
     "BayesianHead": "kbt_rl.inference.head",
     "DecisionTransformerConfig": "kbt_rl.models.decision_transformer",
     "DecisionTransformerPolicy": "kbt_rl.agents.policies",
-    "HeadConfig": "kbt_rl.inference.head",
+    "HeadConfig": "kbt_rl.inference.config",
     "InvertedPendulumParams": "kbt_rl.envs",
     "KalmanAdapter": "kbt_rl.callbacks",
     "LQRExpert": "kbt_rl.agents.lqr",

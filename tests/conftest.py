@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from kbt_rl.inference.structures import LayerShape
+from kbt_rl.inference import joint, triangle
+from kbt_rl.inference.triangle import LayerShape
 from kbt_rl.inference.update import HeadSpec, HeadState
 
 STRUCTURES = ("joint", "layer", "neuron", "diagonal")
@@ -26,6 +27,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def _short_block_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small layers in several block rows, as large ones have."""
+    monkeypatch.setattr(triangle, "_ROW_WEIGHTS", 8)
+    triangle._bounds.cache_clear()
+    yield
+    triangle._bounds.cache_clear()
 
 
 def generator(seed: int) -> torch.Generator:
@@ -47,10 +57,10 @@ def stored(cov: Tensor, shapes: Sequence[LayerShape], structure: str) -> tuple[T
     """What ``structure`` keeps of the full covariance ``(P, P)`` of all weights."""
     sizes = [shape.size for shape in shapes]
     if structure == "joint":
-        return tuple(panel.clone() for panel in cov.split(sizes, dim=1))
+        return joint.pack(cov, shapes)
     layers = [rows.split(sizes, dim=1)[i] for i, rows in enumerate(cov.split(sizes))]
     if structure == "layer":
-        return tuple(layer.clone() for layer in layers)
+        return tuple(triangle.pack(layer, shape) for layer, shape in zip(layers, shapes, strict=True))
     by_weight = zip(layers, shapes, strict=True)
     if structure == "diagonal":
         return tuple(layer.diagonal().reshape(shape).clone() for layer, shape in by_weight)

@@ -10,8 +10,9 @@ import torch
 from conftest import STRUCTURES, randn
 from torch import Tensor, nn
 
+from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
-from kbt_rl.inference.head import BayesianHead, HeadConfig
+from kbt_rl.inference.head import BayesianHead
 
 NAN, INF = float("nan"), float("inf")
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kbt_rl.inference.head import BayesianHead, HeadConfig
+from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.preprocessing import prefix_rows
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kbt_rl.inference.head import BayesianHead, HeadConfig
+from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.prior import layer_shapes, prior_cov, prior_means
 from kbt_rl.inference.update import HeadSpec, HeadState
 

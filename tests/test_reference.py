@@ -10,6 +10,7 @@ import torch
 from conftest import randn, random_state, smallest_eigenvalue
 from torch import Tensor
 
+from kbt_rl.inference import triangle
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.prior import layer_shapes, prior_cov, prior_means
@@ -35,6 +36,15 @@ def replaced(target: Tensor) -> Callable[[Gaussian], Gaussian]:
     return lambda predicted: Gaussian(target.flatten(), torch.block_diag(*[NOISE] * len(target)))
 
 
+pytestmark = pytest.mark.usefixtures("_short_block_rows")
+
+
+def layer_covs(state: HeadState) -> list[Tensor]:
+    """Full covariance of each layer's weights."""
+    layers = zip(state.cov, state.spec.shapes, strict=True)
+    return [triangle.unpack(block, shape) for block, shape in layers]
+
+
 CONDITIONS = {"measure": measured, "replace": replaced}
 
 
@@ -47,7 +57,7 @@ def assert_same_step(state: HeadState, features: Tensor, rule: str) -> None:
     target = randn(len(features), 2, seed=1)
     weights, cov = rts_update(
         state.weights,
-        state.cov,
+        layer_covs(state),
         features,
         CONDITIONS[rule](target),
         feature_variance=state.spec.feature_variance,
@@ -57,8 +67,11 @@ def assert_same_step(state: HeadState, features: Tensor, rule: str) -> None:
     apply(after, increment(state, features, target, RULES[rule], NOISE))
     reference_mean = torch.cat([weight.flatten() for weight in weights])
     assert relative_error(after.mean - state.mean, reference_mean - state.mean) < 1e-8
-    for mine, theirs, before in zip(after.cov, cov, state.cov, strict=True):
-        assert relative_error(mine - before, theirs - before) < 1e-8
+    for mine, theirs, before in zip(layer_covs(after), cov, layer_covs(state), strict=True):
+        moved = theirs - before
+        # A stiff prior moves by little more than the rounding of the entries that the difference is taken of.
+        rounding = 4.0 * torch.finfo(torch.float64).eps * float(before.abs().max())
+        assert float((mine - theirs).abs().max()) < 1e-8 * float(moved.abs().max()) + rounding
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
@@ -97,7 +110,7 @@ def test_step_from_the_prior_agrees(hidden_variance: float) -> None:
 def test_reference_leaves_its_input_alone() -> None:
     state = random_state(2)
     kept = state.clone()
-    rts_update(state.weights, state.cov, randn(1, 3, seed=8), replaced(randn(1, 2, seed=9)))
+    rts_update(state.weights, layer_covs(state), randn(1, 3, seed=8), replaced(randn(1, 2, seed=9)))
     assert torch.equal(state.mean, kept.mean)
     assert all(torch.equal(mine, old) for mine, old in zip(state.cov, kept.cov, strict=True))
 
@@ -108,9 +121,9 @@ def test_reference_leaves_its_input_alone() -> None:
 def test_diagonal_cross_covariance_is_exact_for_the_last_layer_only() -> None:
     state = random_state(2, variance=0.3)
     features, condition = randn(1, 3, seed=10), measured(randn(1, 2, seed=11))
-    full = rts_update(state.weights, state.cov, features, condition, cross="full")
-    diagonal = rts_update(state.weights, state.cov, features, condition, cross="diagonal")
-    for of_full, of_diagonal, before in zip(full, diagonal, (state.weights, state.cov), strict=True):
+    full = rts_update(state.weights, layer_covs(state), features, condition, cross="full")
+    diagonal = rts_update(state.weights, layer_covs(state), features, condition, cross="diagonal")
+    for of_full, of_diagonal, before in zip(full, diagonal, (state.weights, layer_covs(state)), strict=True):
         assert torch.equal(of_full[1], of_diagonal[1])
         assert relative_error(of_diagonal[0] - before[0], of_full[0] - before[0]) > 0.05
 
@@ -127,7 +140,8 @@ def run_linear_teacher(variance: float, cross: Cross, samples: int = 300) -> Out
     features, teacher = randn(samples, 4, seed=12), randn(1, 4, seed=13)
     shapes = layer_shapes(4, 1, 2, None)
     weights = prior_means(randn(1, 4, seed=14), torch.zeros(1, dtype=torch.float64), shapes)
-    cov = list(prior_cov(shapes, "layer", hidden_variance=variance, last_variance=variance, rho=0.0))
+    packed = prior_cov(shapes, "layer", hidden_variance=variance, last_variance=variance, rho=0.0)
+    cov = [triangle.unpack(block, shape) for block, shape in zip(packed, shapes, strict=True)]
     data_cov = torch.full((1, 1), 1e-3, dtype=torch.float64)
     indefinite: int | None = None
     for count in range(1, samples + 1):

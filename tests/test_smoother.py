@@ -16,6 +16,8 @@ from torch import Tensor
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.update import HeadSpec, HeadState, apply, increment, predict_logits, propagate
 
+pytestmark = pytest.mark.usefixtures("_short_block_rows")
+
 DEPTHS = (1, 2, 3, 4)
 Array = NDArray[np.float64]
 

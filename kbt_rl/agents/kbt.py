@@ -88,8 +88,7 @@ class KBT(OnlineAlgorithm):
         if features is None:
             features = self.policy.encode(context)
         head = self.policy.head
-        with torch.inference_mode():
-            info = head.update(features, torch.from_numpy(target))
+        info = head.update(features, torch.from_numpy(target))
         unit = float(head.target_scale.square().mean())
         return KBTInfo(
             labels=len(target),

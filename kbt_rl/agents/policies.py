@@ -16,7 +16,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
-from kbt_rl.inference.head import BayesianHead, HeadConfig
+from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.head import BayesianHead
 from kbt_rl.models.context import ContextWindow, advance_window, start_window, with_action
 from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
 

@@ -27,7 +27,7 @@ from kbt_rl.experiments.config import Method, Trial
 from kbt_rl.experiments.printed import PrintedKBT
 from kbt_rl.experiments.simulation import Force, expert_force
 from kbt_rl.inference.acting import stack_views, view_mean
-from kbt_rl.inference.head import HeadConfig
+from kbt_rl.inference.config import HeadConfig
 from kbt_rl.models.decision_transformer import DecisionTransformer
 
 FloatArray = npt.NDArray[np.float64]

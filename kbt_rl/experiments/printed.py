@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.inference import triangle
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.reference import rts_update
 from kbt_rl.models.context import ContextWindow
@@ -33,11 +34,12 @@ class PrintedKBT(KBT):
         labels = torch.from_numpy(target) / head.target_scale
         data_cov = torch.block_diag(*([head.noise_cov] * len(target)))
         state = head.state
+        layers = list(zip(state.cov, state.spec.shapes, strict=True))
         try:
             with torch.inference_mode():
                 weights, cov = rts_update(
                     state.weights,
-                    state.cov,
+                    [triangle.unpack(block, shape) for block, shape in layers],
                     inputs,
                     lambda output: Gaussian(labels.flatten(), data_cov),
                     cross="diagonal",
@@ -52,8 +54,8 @@ class PrintedKBT(KBT):
             return nothing
         with torch.inference_mode():
             state.mean.copy_(torch.cat([weight.flatten() for weight in weights]))
-            for block, new in zip(state.cov, cov, strict=True):
-                block.copy_(new)
+            for (block, shape), new in zip(layers, cov, strict=True):
+                block.copy_(triangle.pack(new, shape))
         return nothing
 
 

@@ -10,7 +10,8 @@ import torch
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.envs.inverted_pendulum import LABEL_BOX
 from kbt_rl.experiments.learners import features_of
-from kbt_rl.inference.head import BayesianHead, HeadConfig
+from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.moments import Gaussian, softmax_moments
 
 PRIOR_VARIANCES = tuple(10.0**power for power in range(-8, 3))

@@ -51,13 +51,11 @@ def acting_view(state: HeadState) -> ActingView:
         return ActingView(weights)
     (n, k), (outputs, _) = state.spec.shapes
     coupling = None
+    structure = "layer" if state.spec.structure == "joint" else state.spec.structure
+    hidden = LAYERWISE[structure].neuron_blocks(state.cov[0], state.spec.shapes[0])
     if state.spec.structure == "joint":
-        panel = state.cov[0]
-        hidden = torch.diagonal(panel[: n * k].view(n, k, n, k), dim1=0, dim2=2).permute(2, 0, 1)
-        above = panel[n * k :].view(outputs, n + 1, n, k)[:, :n]
+        above = state.cov[2].view(outputs, n + 1, n, k)[:, :n]
         coupling = torch.diagonal(above, dim1=1, dim2=2).mT.clone()
-    else:
-        hidden = LAYERWISE[state.spec.structure].neuron_blocks(state.cov[0], state.spec.shapes[0])
     feature_part = None
     if state.spec.feature_variance:
         inner = hidden[:, :-1, :-1].diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -7,84 +7,24 @@ functions of this package. It keeps float64 whatever dtype the rest of the model
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from kbt_rl.inference import update as functional
 from kbt_rl.inference.acting import ActingView, acting_view, view_mean
+from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.memory import Memory, prepare
 from kbt_rl.inference.moments import Gaussian, softmax_jacobian, softmax_moments
-from kbt_rl.inference.output import RULES, Link
-from kbt_rl.inference.prior import layer_shapes, prior_cov, prior_means
-from kbt_rl.inference.structures import STRUCTURES
-from kbt_rl.inference.update import HeadSpec, HeadState, Increment, UpdateInfo
+from kbt_rl.inference.output import RULES
+from kbt_rl.inference.prior import prior_cov, prior_means
+from kbt_rl.inference.update import HeadState, Increment, UpdateInfo
 
-# A joint covariance of 4,000 weights takes 128 MB.
-_MAX_JOINT_WEIGHTS = 4_000
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """Depth, storage, output rule and prior of the head. Variances are in units of ``target_scale`` squared.
-
-    Attributes:
-        layers: Number of linear layers, ReLU between them; 1 is exact Bayesian linear regression.
-        width: Hidden units, at least twice the features, which is the default.
-        structure: ``joint``, ``layer``, ``neuron``, ``diagonal``, or ``auto``: joint up to 4,000 weights, layer above.
-        rule: ``measure`` or ``replace`` (identity link), ``fisher``, ``taylor`` or ``replace_softmax`` (softmax link).
-        noise_variance: Variance of the label noise; for ``replace`` the paper's Sigma_data.
-        hidden_variance: Prior variance of the hidden layers' weights.
-        last_variance: Prior variance of the last layer's weights.
-        rho: Minus the prior correlation of the last-layer weights of a pair; 0 is the paper's independent prior. None
-            is 0.99, or 0 for the diagonal structure, which cannot store it.
-        feature_variance: Variance of each feature (Algorithm 2, line 13), 0 for exact features.
-        relu_order: Terms of the ReLU's covariance series; the paper prints 2.
-    """
-
-    layers: int = 2
-    width: int | None = None
-    structure: str = "auto"
-    rule: str = "measure"
-    noise_variance: float = 1e-3
-    hidden_variance: float = 1e-5
-    last_variance: float = 1.0
-    rho: float | None = None
-    feature_variance: float = 0.0
-    relu_order: int = 2
-
-    def __post_init__(self) -> None:
-        _check_choice("structure", self.structure, ("auto", *STRUCTURES))
-        _check_choice("rule", self.rule, tuple(RULES))
-        for name in ("noise_variance", "hidden_variance", "last_variance", "feature_variance"):
-            value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value}; a variance is finite and not negative")
-        if self.rho is not None and not 0.0 <= self.rho < 1.0:
-            raise ValueError(f"rho is {self.rho}; it must lie in [0, 1), and 0 is the paper's independent prior")
-        if self.relu_order < 1:
-            raise ValueError(f"relu_order is {self.relu_order}; the series needs at least 1 term")
-
-    @classmethod
-    def paper(cls, epsilon: float, **changes: Any) -> HeadConfig:
-        """The paper's prior: one variance ``epsilon`` for all weights, and for the features as well."""
-        base = cls(structure="layer", hidden_variance=epsilon, last_variance=epsilon, feature_variance=epsilon, rho=0.0)
-        return replace(base, **changes)
-
-    @property
-    def link(self) -> Link:
-        """Link of the output rule."""
-        return RULES[self.rule].link
-
-    def resolve(self, features: int, outputs: int) -> tuple[HeadSpec, float]:
-        """The head's fixed part and ``rho``, with ``auto`` and None decided."""
-        shapes = layer_shapes(features, outputs, self.layers, self.width)
-        structure = self.structure
-        if structure == "auto":
-            structure = "joint" if sum(shape.size for shape in shapes) <= _MAX_JOINT_WEIGHTS else "layer"
-        rho = self.rho if self.rho is not None else (0.0 if structure == "diagonal" else 0.99)
-        return HeadSpec(shapes, structure, self.feature_variance, self.relu_order), rho
+Array = npt.NDArray[Any]
+# How far the sum of a target distribution, often float32, may be from 1.
+_SUM_TOLERANCE = 1e-5
 
 
 class Prediction(NamedTuple):
@@ -126,16 +66,20 @@ class BayesianHead(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.spec, self._rho = self.config.resolve(in_features, out_features)
         self.rule = RULES[self.config.rule]
-        self._published: tuple[tuple[int, ...], ActingView] | None = None
+        self._bound: Memory | None = None
+        self._published: tuple[tuple[HeadState, int], ActingView] | None = None
         self.register_buffer("mean", torch.zeros(sum(self.spec.sizes), dtype=torch.float64))
-        for depth, block in enumerate(self._prior_cov()):
-            self.register_buffer(f"cov_{depth}", block)
+        prior = self._prior_cov()
+        self._cov_names = tuple(f"cov_{index}" for index in range(len(prior)))
+        for name, block in zip(self._cov_names, prior, strict=True):
+            self.register_buffer(name, block)
         self.register_buffer("noise_cov", torch.zeros(out_features, out_features, dtype=torch.float64))
         self.register_buffer("feature_mean", torch.zeros(in_features, dtype=torch.float64))
         self.register_buffer("feature_scale", torch.ones(in_features, dtype=torch.float64))
         self.register_buffer("target_scale", torch.ones(out_features, dtype=torch.float64))
         self.register_buffer("labels_seen", torch.zeros((), dtype=torch.int64))
         self.noise_cov.diagonal().fill_(self.config.noise_variance)
+        prepare(self.spec.structure, len(self.spec.shapes))
         self.reset(torch.zeros(out_features, in_features), torch.zeros(out_features))
 
     @classmethod
@@ -216,7 +160,7 @@ class BayesianHead(nn.Module):
     @property
     def state(self) -> HeadState:
         """The posterior; shares memory with the module."""
-        return HeadState(self.spec, self.mean, self._cov())
+        return self._memory().state
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
@@ -250,13 +194,13 @@ class BayesianHead(nn.Module):
         The copy is made once after each change of the posterior and swapped in by one assignment, so that whoever acts
         in another thread never sees half an update.
         """
-        version = (self.mean.data_ptr(), self.mean._version, *(block._version for block in self._cov()))
+        state = self._memory().state
+        version = (state, state.mean._version)
         published = self._published
         if published is None or published[0] != version:
-            published = self._published = (version, acting_view(self.state))
+            published = self._published = (version, acting_view(state))
         return published[1]
 
-    @torch.no_grad()
     def increment(self, features: Tensor, target: Tensor) -> Increment:
         """What one joint update on rows ``(B, d)`` with targets ``(B, o)``, B up to 32, would add to the posterior.
 
@@ -264,21 +208,21 @@ class BayesianHead(nn.Module):
             ValueError: Wrong shape, or not finite.
             UpdateError: The result would not be a proper posterior.
         """
-        features, target = self._checked(features, target)
-        if len(features) > functional.MAX_JOINT_ROWS:
+        rows, labels = self._checked(features, target)
+        if len(rows) > functional.MAX_JOINT_ROWS:
             raise ValueError(
-                f"{len(features)} rows in one joint update; at most {functional.MAX_JOINT_ROWS} (update() splits "
+                f"{len(rows)} rows in one joint update; at most {functional.MAX_JOINT_ROWS} (update() splits "
                 "longer batches into successive blocks)"
             )
-        return functional.increment(self.state, features, target, self.rule, self.noise_cov)
+        return functional.increment(
+            self.state, torch.as_tensor(rows), torch.as_tensor(labels), self.rule, self.noise_cov
+        )
 
-    @torch.no_grad()
     def apply_increment(self, step: Increment) -> None:
         """Add an increment to the posterior, in place."""
         functional.apply(self.state, step)
-        self.labels_seen += step.info.labels // self.out_features
+        self._memory().labels_seen += step.info.labels // self.out_features
 
-    @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> UpdateInfo:
         """Condition the posterior on labelled rows; either completes or changes nothing.
 
@@ -291,21 +235,25 @@ class BayesianHead(nn.Module):
         Returns:
             The record of the update in units of ``target_scale``, over all blocks where there are several.
         """
-        if len(features) <= functional.MAX_JOINT_ROWS:
-            step = self.increment(features, target)
-            self.apply_increment(step)
-            return step.info
-        features, target = self._checked(features, target)
-        copy = self.state.clone()
-        size = functional.MAX_JOINT_ROWS
+        all_rows, all_labels = self._checked(features, target)
+        memory, count = self._memory(), len(all_rows)
+        engine = memory.state.engine if count == 1 else None
+        if engine is not None and engine.propagates:
+            row = functional.row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov)
+            engine.commit(row.mean_step, row.factor, row.signs.numpy())
+            memory.labels_seen += 1
+            return row.info
+        state = memory.state if count <= functional.MAX_JOINT_ROWS else memory.state.clone()
         records: list[UpdateInfo] = []
-        for rows, labels in zip(features.split(size), target.split(size), strict=True):
-            step = functional.increment(copy, rows, labels, self.rule, self.noise_cov)
-            functional.apply(copy, step)
+        blocks = (torch.as_tensor(values).split(functional.MAX_JOINT_ROWS) for values in (all_rows, all_labels))
+        for rows, labels in zip(*blocks, strict=True):
+            step = functional.increment(state, rows, labels, self.rule, memory.noise_cov)
+            functional.apply(state, step)
             records.append(step.info)
-        functional.overwrite(self.state, copy)
-        self.labels_seen += len(features)
-        return functional.merge(records)
+        if state is not memory.state:
+            functional.overwrite(memory.state, state)
+        memory.labels_seen += count
+        return functional.merge(records) if len(records) > 1 else records[0]
 
     def standardise(self, features: Tensor) -> Tensor:
         """Features ``(..., d)`` in float64, centred and scaled as at pre-training."""
@@ -318,7 +266,7 @@ class BayesianHead(nn.Module):
         return self.target_scale.unsqueeze(-1) * self.target_scale
 
     def _cov(self) -> tuple[Tensor, ...]:
-        return tuple(self._buffers[f"cov_{depth}"] for depth in range(len(self.spec.shapes)))  # type: ignore[misc]
+        return tuple(self._buffers[name] for name in self._cov_names)  # type: ignore[misc]
 
     def _prior_cov(self) -> tuple[Tensor, ...]:
         return prior_cov(
@@ -330,9 +278,13 @@ class BayesianHead(nn.Module):
             device=self._buffers["mean"].device if "mean" in self._buffers else None,  # type: ignore[union-attr]
         )
 
-    def _checked(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised features and float64 targets, or an error that says what came and what was expected."""
-        features, target = torch.as_tensor(features), torch.as_tensor(target)
+    def _checked(self, features: Tensor | Array, target: Tensor | Array) -> tuple[Any, Any]:
+        """Features and target in the head's own units, or an error that says what came and what was expected.
+
+        On the CPU they are NumPy arrays, whose operations cost less per call than PyTorch's; elsewhere tensors.
+        """
+        memory = self._memory()
+        features, target = memory.take(features), memory.take(target)
         if features.ndim != 2 or features.shape[1] != self.in_features or len(features) == 0:
             raise ValueError(f"features have shape {tuple(features.shape)}; expected (rows >= 1, {self.in_features})")
         if target.shape != (len(features), self.out_features):
@@ -340,15 +292,25 @@ class BayesianHead(nn.Module):
                 f"target has shape {tuple(target.shape)}; expected {(len(features), self.out_features)}, one row a "
                 "row of features"
             )
-        features, target = self.standardise(features), target.to(self.mean) / self.target_scale
-        total = float(features.sum() + target.sum())
-        if total - total != 0.0:
+        features, target = (features - memory.centre) / memory.scale, target / memory.outputs
+        if not memory.finite(features, target):
             raise ValueError("features or target hold NaN or infinity; leave rows without a label out of the update")
-        if self.rule.link == "softmax" and (
-            float(target.min()) < 0.0 or not torch.allclose(target.sum(-1), torch.ones_like(target[:, 0]))
+        if self.rule.link == "softmax" and not (
+            float(target.min()) >= 0.0 and float(abs(target.sum(-1) - 1.0).max()) < _SUM_TOLERANCE
         ):
             raise ValueError("with the softmax link each target row is one-hot or a distribution: >= 0, sum 1")
         return features, target
+
+    def _memory(self) -> Memory:
+        """The buffers as ``_checked`` and ``update`` use them; made anew when one of them was replaced."""
+        memory, buffers = self._bound, tuple(self._buffers.values())
+        if memory is None or any(mine is not other for mine, other in zip(memory.buffers, buffers, strict=True)):
+            memory = self._bound = Memory(self.spec, self._cov_names, self._buffers)
+        return memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is derived from the buffers is derived again from their copies.
+        return {**self.__dict__, "_bound": None, "_published": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianHead:
         """Follow a change of device, but never of dtype: the posterior stays in float64."""
@@ -396,8 +358,3 @@ def _finite(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> T
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} holds NaN or infinity")
     return value
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")

@@ -7,21 +7,25 @@ a variance by Isserlis' theorem. Carrying ``Cov(theta, z)`` forward therefore en
 pass is left. It is a Gaussian projection and, from two layers on, not exact. With layers forced independent it is the
 ``layer`` structure.
 
-The covariance is stored as one panel a layer, ``panel_i = Cov(theta, w^i)`` of shape ``(P, n_i k_i)``, so that each is
-contiguous and is read once a step.
+The covariance is stored as that of ``layer``, one block triangle a layer, followed by ``Cov(w^l, w^i)`` of shape
+``(n_l k_l, n_i k_i)`` for each pair ``i < l``: (1, 0), (2, 0), (2, 1), ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from kbt_rl.inference import triangle
 from kbt_rl.inference.moments import Gaussian, linear_cov, relu_moments
 from kbt_rl.inference.smoother import augment, isotropic
 from kbt_rl.inference.structures import dense_output_cov
+from kbt_rl.inference.triangle import LayerShape
+
+Block = TypeVar("Block")  # a tensor, or an array on its memory
 
 
 class JointPass(NamedTuple):
@@ -31,14 +35,58 @@ class JointPass(NamedTuple):
     cross_cov: Tensor
 
 
-def split(matrix: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """A full covariance ``(P, P)`` as contiguous panels ``(P, n_i k_i)``."""
-    return tuple(panel.contiguous() for panel in matrix.split(list(sizes), dim=1))
+def _pairs(layers: int) -> list[tuple[int, int]]:
+    """The pairs ``(l, i)``, ``i < l``, in the order of storage."""
+    return [(above, below) for above in range(layers) for below in range(above)]
+
+
+def between(cov: Sequence[Block], layers: int) -> dict[tuple[int, int], Block]:
+    """``Cov(w^l, w^i)`` by pair ``(l, i)``, views of the stored covariance."""
+    return dict(zip(_pairs(layers), cov[layers:], strict=True))
+
+
+def with_independent_layers(triangles: Sequence[Tensor], shapes: Sequence[LayerShape]) -> tuple[Tensor, ...]:
+    """The joint covariance of layers that are independent so far."""
+    zeros = [triangles[0].new_zeros(shapes[above].size, shapes[below].size) for above, below in _pairs(len(shapes))]
+    return (*triangles, *zeros)
+
+
+def pack(dense: Tensor, shapes: Sequence[LayerShape]) -> tuple[Tensor, ...]:
+    """A full covariance ``(P, P)`` in stored form."""
+    sizes = [shape.size for shape in shapes]
+    blocks = [row.split(sizes, dim=1) for row in dense.split(sizes, dim=0)]
+    triangles = [triangle.pack(blocks[depth][depth], shape) for depth, shape in enumerate(shapes)]
+    return (*triangles, *(blocks[above][below].clone() for above, below in _pairs(len(shapes))))
+
+
+def unpack(cov: Sequence[Tensor], shapes: Sequence[LayerShape]) -> Tensor:
+    """The full covariance ``(P, P)``."""
+    layers = len(shapes)
+    pairs = between(cov, layers)
+    rows = []
+    for depth, shape in enumerate(shapes):
+        row = [pairs[depth, below] for below in range(depth)]
+        row.append(triangle.unpack(cov[depth], shape))
+        row += [pairs[above, depth].mT for above in range(depth + 1, layers)]
+        rows.append(torch.cat(row, dim=1))
+    return torch.cat(rows)
+
+
+def _project(cov: Sequence[Tensor], shapes: Sequence[LayerShape], depth: int, inputs: Tensor) -> Tensor:
+    """``Cov(theta, w^depth) (I (x) z~)`` for inputs ``(..., B, k)``, shape ``(..., P, n, B)``."""
+    n, k = shapes[depth]
+    rows = inputs.reshape(-1, k)
+    pairs = between(cov, len(shapes))
+    parts = [(rows @ pairs[depth, below].view(n, k, -1)).permute(2, 0, 1) for below in range(depth)]
+    parts.append(triangle.project(cov[depth], shapes[depth], rows))
+    for above in range(depth + 1, len(shapes)):
+        parts.append((pairs[above, depth].view(-1, k) @ rows.mT).view(-1, n, len(rows)))
+    return triangle.unflatten_rows(torch.cat(parts), inputs)
 
 
 def forward(
     weights: Sequence[Tensor],
-    panels: Sequence[Tensor],
+    cov: Sequence[Tensor],
     features: Tensor,
     *,
     feature_variance: float = 0.0,
@@ -48,7 +96,7 @@ def forward(
 
     Args:
         weights: Mean of each layer, ``(n_i, k_i)``, bias last.
-        panels: ``Cov(theta, w^i)`` of each layer, ``(P, n_i k_i)``.
+        cov: The stored covariance.
         features: Rows ``(..., B, d)``.
         feature_variance: Variance of each feature.
         relu_order: Terms of the ReLU's covariance series.
@@ -57,26 +105,25 @@ def forward(
         Output logits of all rows, and their covariance with all weights.
     """
     rows, lead = features.shape[-2], features.shape[:-2]
+    shapes = [LayerShape(*weight.shape) for weight in weights]
     inputs, input_cov = augment(features), isotropic(features, feature_variance)
     carried: Tensor | None = None  # Cov(theta, z), (..., P, B, m): zero for the features
     offset = 0
-    for depth, (weight, panel) in enumerate(zip(weights, panels, strict=True)):
-        n, k = weight.shape
-        total = panel.shape[0]
+    for depth, (weight, (n, k)) in enumerate(zip(weights, shapes, strict=True)):
         own = slice(offset, offset + n * k)
         offset += n * k
-        projection = (panel.view(-1, k) @ inputs.mT).reshape(*lead, total, n, rows)
-        own_cov = panel[own].view(n, k, n, k)
+        projection = _project(cov, shapes, depth, inputs)
+        own_cov = None if input_cov is None else triangle.unpack(cov[depth], shapes[depth])
         weight_term = dense_output_cov(own_cov, projection[..., own, :, :], inputs, input_cov)
         mean = inputs @ weight.mT
-        cov = linear_cov(weight, weight_term, input_cov)
+        logits_cov = linear_cov(weight, weight_term, input_cov)
         cross = projection.mT  # Cov(theta, u), (..., P, B, n)
         if carried is not None:
             shared = carried[..., own, :, :].reshape(*lead, n, k, rows, k - 1)  # Cov(w_jp, z_bq)
             mean = mean + shared[..., :-1, :, :].diagonal(dim1=-3, dim2=-1).sum(-1).mT
-            cov = cov + _product_cov(weight, shared, inputs)
+            logits_cov = logits_cov + _product_cov(weight, shared, inputs)
             cross = cross + carried @ weight[:, :-1].mT
-        logits = Gaussian(mean.flatten(-2), cov)
+        logits = Gaussian(mean.flatten(-2), logits_cov)
         if depth == len(weights) - 1:
             return JointPass(logits, cross.flatten(-2))
         activation = relu_moments(logits, relu_order)
@@ -108,10 +155,10 @@ def _product_cov(weight: Tensor, shared: Tensor, inputs: Tensor) -> Tensor:
     return flat + flat.mT
 
 
-def downdate_(panels: Sequence[Tensor], factor: Tensor, signs: Tensor) -> None:
-    """``Sigma += V diag(signs) V'`` in place, panel by panel, for ``V`` of shape ``(P, q)``."""
-    signed, offset = factor * signs, 0
-    for panel in panels:
-        size = panel.shape[1]
-        panel.addmm_(signed, factor[offset : offset + size].mT)
-        offset += size
+def downdate_(cov: Sequence[Tensor], shapes: Sequence[LayerShape], factor: Tensor, signs: Tensor) -> None:
+    """``Sigma += V diag(signs) V'`` in place, for ``V`` of shape ``(P, q)``."""
+    parts = factor.split([shape.size for shape in shapes])
+    for block, shape, part in zip(cov, shapes, parts, strict=False):
+        triangle.downdate_(block, shape, part, signs)
+    for (above, below), block in between(cov, len(shapes)).items():
+        block.addmm_(parts[above] * signs, parts[below].mT)

@@ -18,8 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kbt_rl.inference.joint import split
-from kbt_rl.inference.structures import LAYERWISE, LayerShape
+from kbt_rl.inference import joint
+from kbt_rl.inference.structures import LAYERWISE
+from kbt_rl.inference.triangle import LayerShape
 
 
 def layer_shapes(features: int, outputs: int, layers: int, width: int | None) -> tuple[LayerShape, ...]:
@@ -97,10 +98,9 @@ def prior_cov(
     features = shapes[0].k - 1
     last = _tied_block(shapes[-1].k, features if len(shapes) > 1 else 0, last_variance, rho, device)
     blocks.append(last.expand(shapes[-1].n, -1, -1))
-    if structure == "joint":
-        full = torch.block_diag(*(block for layer in blocks for block in layer))
-        return split(full, [shape.size for shape in shapes])
-    return tuple(LAYERWISE[structure].from_neuron_blocks(layer) for layer in blocks)
+    ops = LAYERWISE["layer" if structure == "joint" else structure]
+    stored = tuple(ops.from_neuron_blocks(layer) for layer in blocks)
+    return joint.with_independent_layers(stored, shapes) if structure == "joint" else stored
 
 
 def _tied_block(k: int, pairs: int, variance: float, rho: float, device: torch.device | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kbt_rl.inference.moments import Gaussian, linear_cov, relu_moments
 from kbt_rl.inference.smoother import augment, isotropic
-from kbt_rl.inference.structures import Layer, LayerShape
+from kbt_rl.inference.structures import dense_output_cov
 
 Cross = Literal["full", "diagonal"]
 
@@ -86,12 +86,10 @@ def _forward(
     """Eqs. (19) to (23), layer by layer."""
     inputs, input_cov = augment(features), isotropic(features, feature_variance)
     records: list[_LayerRecord] = []
-    layer = Layer()
     for depth, (weight, weight_cov) in enumerate(zip(weights, cov, strict=True)):
         n, k = weight.shape
-        shape = LayerShape(n, k)
-        projection = layer.project(weight_cov, shape, inputs)
-        weight_term = layer.output_cov(weight_cov, shape, projection, inputs, input_cov)
+        projection = (weight_cov.reshape(-1, k) @ inputs.mT).view(n * k, n, -1)
+        weight_term = dense_output_cov(weight_cov, projection, inputs, input_cov)
         logits = Gaussian((inputs @ weight.mT).flatten(), linear_cov(weight, weight_term, input_cov))
         if depth == len(weights) - 1:
             records.append(_LayerRecord(inputs, logits, None, None))

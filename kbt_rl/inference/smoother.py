@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kbt_rl.inference.moments import Gaussian, linear_cov, relu_moments
-from kbt_rl.inference.structures import LayerShape, Structure
+from kbt_rl.inference.structures import Structure
+from kbt_rl.inference.triangle import LayerShape
 
 
 class LayerPass(NamedTuple):

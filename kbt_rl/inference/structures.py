@@ -1,8 +1,9 @@
 """How the weight covariance of the head is stored, and what the smoother asks of it.
 
 The weights of layer ``i`` form a matrix ``(n, k)``, bias last, vectorised neuron by neuron. ``layer`` stores one full
-matrix a layer, ``neuron`` one ``k x k`` block a neuron, ``diagonal`` the variances. In these three, layers are
-independent of each other; ``joint``, which is not, has its own module. All four store a tuple of tensors, one a layer.
+symmetric matrix a layer (as a block triangle), ``neuron`` one ``k x k`` block a neuron, ``diagonal`` the variances. In
+these three, layers are independent of each other and stored as one tensor each; ``joint``, which adds the covariance
+between layers, has its own module.
 
 A structure answers four questions about one layer, for rows of inputs ``z~ = [z; 1]`` of shape ``(..., B, k)``:
 
@@ -14,22 +15,13 @@ A structure answers four questions about one layer, for rows of inputs ``z~ = [z
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class LayerShape(NamedTuple):
-    """Outputs ``n`` and inputs with bias ``k`` of a layer."""
-
-    n: int
-    k: int
-
-    @property
-    def size(self) -> int:
-        """Number of weights, bias included."""
-        return self.n * self.k
+from kbt_rl.inference import triangle
+from kbt_rl.inference.triangle import LayerShape
 
 
 class Structure(Protocol):
@@ -55,6 +47,9 @@ class Structure(Protocol):
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """Covariance of each neuron's weights, ``(n, k, k)``; a view where the storage allows."""
 
+    def variances(self, cov: Tensor, shape: LayerShape) -> Tensor:
+        """Variance of each weight, ``(n k,)``."""
+
     def dense(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """The full ``(n k, n k)`` matrix, for tests, plots and small heads."""
 
@@ -66,24 +61,23 @@ def as_rows(input_cov: Tensor, rows: int) -> Tensor:
 
 
 class Layer:
-    """One full covariance matrix ``(n k, n k)`` a layer: the paper's choice."""
+    """One full covariance matrix a layer, the paper's choice, as a block triangle."""
 
     def from_neuron_blocks(self, blocks: Tensor) -> Tensor:
         """See ``Structure``."""
-        full: Tensor = torch.block_diag(*blocks)
-        return full
+        return triangle.pack_neurons(blocks)
 
     def project(self, cov: Tensor, shape: LayerShape, inputs: Tensor) -> Tensor:
         """``(..., n k, n, B)``."""
-        flat = cov.view(-1, shape.k) @ inputs.mT
-        return flat.reshape(*inputs.shape[:-2], shape.size, shape.n, inputs.shape[-2])
+        flat = triangle.project(cov, shape, inputs.reshape(-1, shape.k))
+        return triangle.unflatten_rows(flat, inputs)
 
     def output_cov(
         self, cov: Tensor, shape: LayerShape, projection: Tensor, inputs: Tensor, input_cov: Tensor | None
     ) -> Tensor:
         """See ``Structure``."""
-        n, k = shape
-        return dense_output_cov(cov.view(n, k, n, k), projection, inputs, input_cov)
+        dense = None if input_cov is None else triangle.unpack(cov, shape)
+        return dense_output_cov(dense, projection, inputs, input_cov)
 
     def cross_cov(self, projection: Tensor, jacobian: Tensor) -> Tensor:
         """See ``Structure``."""
@@ -93,23 +87,26 @@ class Layer:
 
     def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signs: Tensor) -> None:
         """See ``Structure``."""
-        cov.addmm_(factor * signs, factor.mT)
+        triangle.downdate_(cov, shape, factor, signs)
 
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""
-        n, k = shape
-        return torch.diagonal(cov.view(n, k, n, k), dim1=0, dim2=2).permute(2, 0, 1)
+        return triangle.neuron_blocks(cov, shape)
+
+    def variances(self, cov: Tensor, shape: LayerShape) -> Tensor:
+        """See ``Structure``."""
+        return triangle.diagonal(cov, shape)
 
     def dense(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""
-        return cov.clone()
+        return triangle.unpack(cov, shape)
 
 
-def dense_output_cov(cov: Tensor, projection: Tensor, inputs: Tensor, input_cov: Tensor | None) -> Tensor:
+def dense_output_cov(cov: Tensor | None, projection: Tensor, inputs: Tensor, input_cov: Tensor | None) -> Tensor:
     """The weights' part of ``Cov(u)`` for a layer whose own covariance is full.
 
     Args:
-        cov: ``Sigma`` as ``(n, k, n, k)``; read only if the inputs are uncertain.
+        cov: ``Sigma``, ``(n k, n k)``; needed only if the inputs are uncertain.
         projection: ``Sigma (I (x) z~)``, ``(..., n k, n, B)``.
         inputs: ``z~``, ``(..., B, k)``.
         input_cov: ``Cov(z)``, ``(..., B (k-1), B (k-1))`` or None.
@@ -123,7 +120,9 @@ def dense_output_cov(cov: Tensor, projection: Tensor, inputs: Tensor, input_cov:
     by_neuron = projection.reshape(*lead, n, k, n * rows)
     term = (inputs.unsqueeze(-3) @ by_neuron).reshape(*lead, n, rows, n, rows)  # [j, b, l, c]
     if input_cov is not None:
-        term = term + torch.einsum("jplq,...bpcq->...jblc", cov[:, :-1, :, :-1], as_rows(input_cov, rows))
+        assert cov is not None
+        inner = cov.view(n, k, n, k)[:, :-1, :, :-1]
+        term = term + torch.einsum("jplq,...bpcq->...jblc", inner, as_rows(input_cov, rows))
     return term.movedim(-4, -3).mT.reshape(*lead, rows * n, rows * n)
 
 
@@ -177,6 +176,10 @@ class Neuron(_PerNeuron):
         """See ``Structure``."""
         return cov
 
+    def variances(self, cov: Tensor, shape: LayerShape) -> Tensor:
+        """See ``Structure``."""
+        return cov.diagonal(dim1=-2, dim2=-1).flatten()
+
     def dense(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""
         full: Tensor = torch.block_diag(*cov)
@@ -217,6 +220,10 @@ class Diagonal(_PerNeuron):
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""
         return torch.diag_embed(cov)
+
+    def variances(self, cov: Tensor, shape: LayerShape) -> Tensor:
+        """See ``Structure``."""
+        return cov.flatten()
 
     def dense(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""

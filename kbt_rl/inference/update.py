@@ -12,20 +12,28 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kbt_rl.inference import joint, scalar_step, smoother
+from kbt_rl.inference import compiled, joint, smoother
+from kbt_rl.inference.compiled import RowEngine
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.output import Conditioning, OutputRule, measure, replace
-from kbt_rl.inference.structures import LAYERWISE, LayerShape
+from kbt_rl.inference.structures import LAYERWISE
+from kbt_rl.inference.triangle import LayerShape
+
+Array = npt.NDArray[np.float64]
 
 # Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
 MAX_JOINT_ROWS = 32
+_LARGEST_ROW_RANK = 4
 # A variance counts as what is left of it after rounding, so that a downdate to nothing is refused, not left below 0.
 _KEPT = 1.0 - 8.0 * torch.finfo(torch.float64).eps
 _SIGNS = {sign: torch.full((1,), sign, dtype=torch.float64) for sign in (-1.0, 1.0)}
@@ -58,7 +66,8 @@ class HeadSpec:
         return self.shapes[-1].n
 
 
-class HeadState(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class HeadState:
     """The posterior: weight means ``(P,)``, layer after layer and neuron by neuron, and the stored covariance."""
 
     spec: HeadSpec
@@ -71,23 +80,28 @@ class HeadState(NamedTuple):
         parts = self.mean.split(self.spec.sizes)
         return [part.view(shape) for part, shape in zip(parts, self.spec.shapes, strict=True)]
 
+    @cached_property
+    def engine(self) -> RowEngine | None:
+        """Machine code for one row at a time, bound to this posterior's memory; None where there is none."""
+        return compiled.engine(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "engine"}
+
     def clone(self) -> HeadState:
         """An independent copy."""
         return HeadState(self.spec, self.mean.clone(), tuple(block.clone() for block in self.cov))
 
     def variances(self) -> Tensor:
         """Variance of each weight, ``(P,)``."""
-        if self.spec.structure == "joint":
-            offsets = torch.tensor([0, *self.spec.sizes]).cumsum(0).tolist()
-            return torch.cat([panel.diagonal(-offset) for panel, offset in zip(self.cov, offsets, strict=False)])
-        ops = LAYERWISE[self.spec.structure]
-        blocks = [ops.neuron_blocks(block, shape) for block, shape in zip(self.cov, self.spec.shapes, strict=True)]
-        return torch.cat([block.diagonal(dim1=-2, dim2=-1).flatten() for block in blocks])
+        ops = LAYERWISE["layer" if self.spec.structure == "joint" else self.spec.structure]
+        layers = zip(self.cov, self.spec.shapes, strict=False)  # what joint stores beyond is between layers
+        return torch.cat([ops.variances(block, shape) for block, shape in layers])
 
     def dense_cov(self) -> Tensor:
         """The full covariance ``(P, P)``, zero where the structure stores nothing; for tests, plots and small heads."""
         if self.spec.structure == "joint":
-            return torch.cat(self.cov, dim=1)
+            return joint.unpack(self.cov, self.spec.shapes)
         ops = LAYERWISE[self.spec.structure]
         full: Tensor = torch.block_diag(
             *(ops.dense(block, shape) for block, shape in zip(self.cov, self.spec.shapes, strict=True))
@@ -95,8 +109,7 @@ class HeadState(NamedTuple):
         return full
 
 
-@dataclass(frozen=True)
-class UpdateInfo:
+class UpdateInfo(NamedTuple):
     """What one update saw, in target units. Variances are those of the targets before the update, averaged.
 
     Attributes:
@@ -148,49 +161,76 @@ def increment(state: HeadState, features: Tensor, target: Tensor, rule: OutputRu
     Raises:
         UpdateError: The update would not be finite or would make a variance negative. Nothing has changed.
     """
-    if rule.condition in (measure, replace) and scalar_step.applies(state, len(features)):
-        return _scalar_increment(state, features, float(target), float(noise_cov), rule.condition is replace)
+    engine = state.engine if len(features) == 1 else None
+    if engine is not None and engine.propagates:
+        return row_step(engine, features[0].numpy(), target.numpy(), rule, noise_cov).as_increment()
     output, cross_cov = propagate(state, features)
     step = rule.condition(output, target, noise_cov)
     # One pass over the cross-covariance for the mean and the covariance.
     moves = cross_cov @ torch.cat([step.mean_step.unsqueeze(-1), step.cov_factor], dim=-1)
     mean_step, factor = moves[:, 0], moves[:, 1:]
     variances = _KEPT * state.variances() + (factor * factor) @ step.signs
-    info = _describe(output, step, noise_cov, variances)
+    info = _describe(output, step, noise_cov)._replace(smallest_variance=float(variances.min()))
     # One sum finds any NaN or infinity of a vector; inf - inf is NaN.
     _check(float(mean_step.sum()), info)
     return Increment(mean_step, factor, step.signs, info)
 
 
-def _scalar_increment(
-    state: HeadState, features: Tensor, target: float, noise_variance: float, replacing: bool
-) -> Increment:
-    """``increment`` with ``measure`` or ``replace`` for one row and one output, without PyTorch's cost per call."""
-    predicted = scalar_step.propagate(state, features[0].numpy())
-    predictive = predicted.variance + noise_variance
-    inverted = predicted.variance if replacing else predictive
+class RowStep(NamedTuple):
+    """An ``Increment`` as arrays, with the factor as ``V'`` of shape ``(q, P)``."""
+
+    mean_step: Array
+    factor: Array
+    signs: Tensor
+    info: UpdateInfo
+
+    def as_increment(self) -> Increment:
+        """The same as tensors on the same memory."""
+        return Increment(torch.from_numpy(self.mean_step), torch.from_numpy(self.factor).mT, self.signs, self.info)
+
+
+def row_step(engine: RowEngine, features: Array, target: Array, rule: OutputRule, noise_cov: Tensor) -> RowStep:
+    """``increment`` for one row ``(d,)`` and its target ``(1, o)``, with the forward pass in machine code."""
+    row = engine.propagate(features)
+    mean, cov = row[:2]
+    if len(mean) == 1 and rule.condition in (measure, replace):
+        step = _scalar_step(float(mean[0]), float(cov[0, 0]), float(target[0, 0]), float(noise_cov), rule)
+    else:
+        output = Gaussian(torch.from_numpy(mean), torch.from_numpy(cov))
+        given = rule.condition(output, torch.from_numpy(target), noise_cov)
+        root = np.ascontiguousarray(given.cov_factor.numpy())
+        step = _OutputStep(given.mean_step.numpy(), root, given.signs, _describe(output, given, noise_cov))
+    moved, moves, total, smallest = engine.weight_step(row, step.mean, step.factor, step.signs.numpy(), _KEPT)
+    info = step.info._replace(smallest_variance=smallest)
+    _check(total, info)
+    return RowStep(moved, moves, step.signs, info)
+
+
+class _OutputStep(NamedTuple):
+    """``dm`` ``(o,)``, ``dC = F diag(signs) F'`` with ``F`` ``(o, q)``, and the record."""
+
+    mean: Array
+    factor: Array
+    signs: Tensor
+    info: UpdateInfo
+
+
+def _scalar_step(mean: float, variance: float, target: float, noise_variance: float, rule: OutputRule) -> _OutputStep:
+    """The rules ``measure`` and ``replace`` for one row and one output, without PyTorch's cost per call."""
+    predictive = variance + noise_variance
+    inverted = variance if rule.condition is replace else predictive
     if not inverted > 0.0:
         raise NotPositiveDefiniteError("predicted covariance, with noise unless the rule is 'replace',", inverted)
-    innovation = target - predicted.mean
-    mean_step = predicted.cross_cov * (innovation / inverted)
+    innovation = target - mean
     # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
-    change = (noise_variance - inverted) / inverted**2 if replacing else -1.0 / inverted
-    factor = predicted.cross_cov * math.sqrt(abs(change))
-    sign = math.copysign(1.0, change)
-    info = UpdateInfo(
-        innovation=abs(innovation),
-        nis=innovation * innovation / predictive,
-        epistemic_variance=predicted.variance,
-        predictive_variance=predictive,
-        smallest_variance=float((_KEPT * scalar_step.variances(state) + sign * factor * factor).min()),
-        labels=1,
-    )
-    _check(float(mean_step.sum()), info)
-    return Increment(torch.from_numpy(mean_step), torch.from_numpy(factor).unsqueeze(-1), _SIGNS[sign], info)
+    change = (noise_variance - inverted) / inverted**2 if rule.condition is replace else -1.0 / inverted
+    info = UpdateInfo(abs(innovation), innovation * innovation / predictive, variance, predictive, math.nan, 1)
+    factor = np.array([[math.sqrt(abs(change))]])
+    return _OutputStep(np.array([innovation / inverted]), factor, _SIGNS[math.copysign(1.0, change)], info)
 
 
-def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, variances: Tensor) -> UpdateInfo:
-    """The record of the update, as floats."""
+def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor) -> UpdateInfo:
+    """The record of the update, as floats; the smallest variance is still to come."""
     labels = step.innovation.numel()
     epistemic = float(output.cov.trace()) / labels
     return UpdateInfo(
@@ -198,7 +238,7 @@ def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, variances
         nis=float(step.nis),
         epistemic_variance=epistemic,
         predictive_variance=epistemic + float(noise_cov.trace()) / len(noise_cov),
-        smallest_variance=float(variances.min()),
+        smallest_variance=math.nan,
         labels=labels,
     )
 
@@ -237,10 +277,15 @@ def _check(mean_step: float, info: UpdateInfo) -> None:
 
 def apply(state: HeadState, step: Increment) -> None:
     """Move the posterior in place; an interrupt that arrives meanwhile is delivered afterwards."""
+    # From some rank on, a matrix product is faster.
+    if len(step.signs) <= _LARGEST_ROW_RANK and state.engine is not None:
+        moves = np.ascontiguousarray(step.cov_factor.mT.numpy())
+        state.engine.commit(step.mean_step.numpy(), moves, step.signs.numpy())
+        return
     with _interrupts_deferred():
         state.mean.add_(step.mean_step)
         if state.spec.structure == "joint":
-            joint.downdate_(state.cov, step.cov_factor, step.signs)
+            joint.downdate_(state.cov, state.spec.shapes, step.cov_factor, step.signs)
             return
         ops = LAYERWISE[state.spec.structure]
         factors = step.cov_factor.split(state.spec.sizes)

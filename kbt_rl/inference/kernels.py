@@ -1,0 +1,393 @@
+"""The forward pass and the update of one row in machine code (numba), for heads of one or two layers.
+
+A head's update takes a few tens of microseconds of arithmetic; calling a tensor library dozens of times for it takes
+ten times as long. These functions restate, for one row, what ``joint``, ``smoother``, ``structures``, ``triangle`` and
+``moments`` define for any number of rows and layers; ``tests/test_compiled.py`` holds the two together. They allocate
+nothing of the covariance's size and read it once.
+
+Sizes: ``n`` hidden units with ``k`` inputs (bias included), ``o`` outputs, ``P`` weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Array = npt.NDArray[Any]
+# Mean (o,) and covariance (o, o) of the output, Cov(w, u) transposed (o, P), and the variance of each weight (P,).
+RowPass: TypeAlias = tuple[Array, Array, Array, Array]
+
+_INV_SQRT2 = 1.0 / math.sqrt(2.0)
+_INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
+# As in ``moments``: below and beyond these a ratio or its square leaves float64.
+_SMALLEST_SD = math.sqrt(np.finfo(np.float64).tiny)
+_FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
+
+# Sums may be reordered, so that they use vector instructions; NaN and infinity keep their meaning.
+_compiled = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+
+
+# ------------------------------------------------------------------ one layer's own covariance
+
+
+@_compiled
+def _row_dots(row: Array, inputs: Array, stop: int, out: Array, column: int) -> None:
+    """``out[j, column] = row_j . inputs`` for the first ``stop`` segments of a row."""
+    k = inputs.size
+    for j in range(stop):
+        total = 0.0
+        for q in range(k):
+            total += row[j * k + q] * inputs[q]
+        out[j, column] = total
+
+
+@_compiled
+def _project_triangle(
+    flat: Array, inputs: Array, n: int, per_row: int, out: Array, start: int, variances: Array
+) -> None:
+    """``triangle.project``, transposed: ``out[j, start + r] = Cov(w_r, u_j)``; on the way ``triangle.diagonal``."""
+    k, offset, first = inputs.size, 0, 0
+    while first < n:
+        last = min(first + per_row, n)
+        before, width = first * k, last * k
+        for a in range(first, last):
+            above = out[a, start : start + before]
+            above[:] = 0.0
+            for p in range(k):
+                row = flat[offset : offset + width]
+                for c in range(before):
+                    above[c] += inputs[p] * row[c]
+                _row_dots(row, inputs, last, out, start + a * k + p)
+                variances[start + a * k + p] = row[a * k + p]
+                offset += width
+        first = last
+
+
+@_compiled
+def _downdate_triangle(flat: Array, factor: Array, start: int, signs: Array, n: int, k: int, per_row: int) -> None:
+    """``triangle.downdate_`` for ``factor`` of shape ``(q, P)``, whose columns of this layer begin at ``start``."""
+    offset, first = 0, 0
+    while first < n:
+        last = min(first + per_row, n)
+        width = last * k
+        for r in range(first * k, width):
+            row = flat[offset : offset + width]
+            for q in range(signs.size):
+                own = factor[q, start : start + width]
+                _axpy(row, signs[q] * own[r], own)
+            offset += width
+        first = last
+
+
+@_compiled
+def _axpy(row: Array, scale: float, vector: Array) -> None:
+    for c in range(row.size):
+        row[c] += scale * vector[c]
+
+
+# ------------------------------------------------------------------ ReLU
+
+
+@_compiled
+def _relu_unit(mean: float, variance: float) -> tuple[float, float, float, float]:
+    """Mean and variance of ``relu(u)``, the slope ``Phi``, and the density over the sd for the covariance series."""
+    sd = math.sqrt(variance)
+    if sd < _SMALLEST_SD:
+        sd = _SMALLEST_SD
+    ratio = mean / sd
+    if ratio > _FAR:
+        ratio = _FAR
+    elif ratio < -_FAR:
+        ratio = -_FAR
+    upper, lower = 0.5 * math.erfc(-ratio * _INV_SQRT2), 0.5 * math.erfc(ratio * _INV_SQRT2)
+    density = math.exp(-0.5 * ratio * ratio) * _INV_SQRT_2PI
+    spread = upper + ratio * (ratio * (upper * lower) - density * (upper - lower)) - density * density
+    if spread < 0.0:
+        spread = 0.0
+    return mean * upper + sd * density, variance * spread, upper, density / sd
+
+
+@_compiled
+def _relu_dense(mean: Array, cov: Array) -> tuple[Array, Array, Array]:
+    """``moments.relu_moments`` with a series of two terms: mean, covariance, slope."""
+    n = mean.size
+    out_mean, out_cov, slope, curvature = np.empty(n), np.empty((n, n)), np.empty(n), np.empty(n)
+    for j in range(n):
+        out_mean[j], out_cov[j, j], slope[j], curvature[j] = _relu_unit(mean[j], cov[j, j])
+        for i in range(j):
+            entry = cov[j, i]
+            entry *= slope[j] * slope[i] + 0.5 * entry * (curvature[j] * curvature[i])
+            out_cov[j, i] = out_cov[i, j] = entry
+    return out_mean, out_cov, slope
+
+
+# ------------------------------------------------------------------ full covariance: joint and layer
+
+
+@_compiled
+def _with_one(values: Array) -> Array:
+    """``[z; 1]``."""
+    out = np.empty(values.size + 1)
+    out[:-1] = values
+    out[-1] = 1.0
+    return out
+
+
+@_compiled
+def _dot(left: Array, right: Array) -> float:
+    total = 0.0
+    for i in range(left.size):
+        total += left[i] * right[i]
+    return total
+
+
+@_compiled
+def _logits_cov(projection: Array, inputs: Array, start: int) -> Array:
+    """``z~' Sigma_ji z~`` from ``Sigma (I (x) z~)``, whose columns of this layer begin at ``start``; ``(n, n)``."""
+    n, k = projection.shape[0], inputs.size
+    out = np.empty((n, n))
+    for j in range(n):
+        own = slice(start + j * k, start + (j + 1) * k)
+        for i in range(j + 1):
+            out[j, i] = out[i, j] = _dot(projection[i, own], inputs)
+    return out
+
+
+@_compiled
+def linear_dense(mean: Array, cov: Array, features: Array, o: int, per_row: int) -> RowPass:
+    """One layer, see ``RowPass``."""
+    inputs = _with_one(features)
+    cross, variances = np.empty((o, mean.size)), np.empty(mean.size)
+    _project_triangle(cov, inputs, o, per_row, cross, 0, variances)
+    return mean.reshape(o, -1) @ inputs, _logits_cov(cross, inputs, 0), cross, variances
+
+
+@_compiled
+def two_layers_dense(
+    mean: Array,
+    first: Array,
+    last: Array,
+    between: Array,
+    features: Array,
+    o: int,
+    per_row_first: int,
+    per_row_last: int,
+) -> RowPass:
+    """Two layers, see ``RowPass``. ``between`` is ``Cov(w^2, w^1)``, ``(o (n+1), n k)``, or empty for ``layer``."""
+    k = features.size + 1
+    n = (mean.size - o) // (k + o)
+    hidden, coupled = n * k, between.size > 0
+    inputs, weights = _with_one(features), mean[hidden:].reshape(o, n + 1)
+
+    projection = np.empty((n, mean.size if coupled else hidden))  # Cov(theta, u^1)
+    variances = np.empty(mean.size)
+    _project_triangle(first, inputs, n, per_row_first, projection, 0, variances)
+    for r in range(between.shape[0]):
+        _row_dots(between[r], inputs, n, projection, hidden + r)
+    z_mean, z_cov, slope = _relu_dense(mean[:hidden].reshape(n, k) @ inputs, _logits_cov(projection, inputs, 0))
+
+    activation = _with_one(z_mean)
+    cross = np.zeros((o, mean.size))
+    _project_triangle(last, activation, o, per_row_last, cross, hidden, variances)
+    out_mean = weights @ activation
+    out_cov = _logits_cov(cross, activation, hidden)
+    _add_input_part(out_cov, weights, last, z_cov, per_row_last)
+    if coupled:
+        for q in range(n):  # Cov(w^2, z), by Stein's lemma
+            for r in range(hidden, mean.size):
+                projection[q, r] *= slope[q]
+        _add_coupled_part(out_mean, out_cov, weights, projection[:, hidden:], activation)
+        for j in range(o):
+            for p in range(n + 1):
+                _axpy(cross[j, :hidden], activation[p], between[j * (n + 1) + p])
+            for q in range(n):
+                _axpy(cross[j, hidden:], weights[j, q], projection[q, hidden:])
+    for j in range(o):
+        for q in range(n):
+            _axpy(cross[j, :hidden], weights[j, q] * slope[q], projection[q, :hidden])
+    return out_mean, out_cov, cross, variances
+
+
+@_compiled
+def _add_input_part(out_cov: Array, weights: Array, cov: Array, z_cov: Array, per_row: int) -> None:
+    """Add ``w_j' Cov(z) w_i + trace(Sigma_ji Cov(z))``, Eqs. (20), (21)."""
+    o, k = weights.shape
+    n = k - 1
+    offset, start = 0, 0
+    while start < o:
+        stop = min(start + per_row, o)
+        width = stop * k
+        for j in range(start, stop):
+            for i in range(j + 1):
+                total = 0.0
+                for p in range(n):
+                    row = cov[offset + p * width + i * k : offset + p * width + i * k + n]
+                    total += _dot(row, z_cov[p]) + weights[j, p] * _dot(weights[i, :n], z_cov[p])
+                out_cov[j, i] += total
+                if i < j:
+                    out_cov[i, j] += total
+            offset += k * width
+        start = stop
+
+
+@_compiled
+def _add_coupled_part(out_mean: Array, out_cov: Array, weights: Array, shared: Array, activation: Array) -> None:
+    """Add what ``Cov(w_jp, z_q) = shared[q, j k + p]`` makes of mean and covariance (``joint._product_cov``)."""
+    o, k = weights.shape
+    n = k - 1
+    one_sided = np.zeros((o, o))
+    for j in range(o):
+        for q in range(n):
+            out_mean[j] += shared[q, j * k + q]
+            turned = _dot(shared[q, j * k : (j + 1) * k], activation)
+            for i in range(o):
+                one_sided[j, i] += turned * weights[i, q]
+    for j in range(o):
+        for i in range(o):
+            both = 0.0
+            for p in range(n):
+                for q in range(n):
+                    both += shared[q, j * k + p] * shared[p, i * k + q]
+            out_cov[j, i] += one_sided[j, i] + one_sided[i, j] + both
+
+
+# ------------------------------------------------------------------ independent neurons: neuron and diagonal
+
+
+@_compiled
+def _project_neurons(cov: Array, inputs: Array, out: Array, variances: Array) -> None:
+    """``Sigma_j z~`` and variances of each neuron, ``(n, k)``, for blocks ``(n, k, k)`` or variances ``(n, k)``."""
+    for j in range(cov.shape[0]):
+        for p in range(inputs.size):
+            if cov.ndim == 3:
+                out[j, p], variances[j, p] = _dot(cov[j, p], inputs), cov[j, p, p]
+            else:
+                out[j, p], variances[j, p] = cov[j, p] * inputs[p], cov[j, p]
+
+
+@_compiled
+def linear_neurons(mean: Array, cov: Array, features: Array, o: int) -> RowPass:
+    """As ``linear_dense``, for independent neurons."""
+    inputs = _with_one(features)
+    k = inputs.size
+    projection, cross, out_cov = np.empty((o, k)), np.zeros((o, mean.size)), np.zeros((o, o))
+    variances = np.empty(mean.size)
+    _project_neurons(cov, inputs, projection, variances.reshape(o, k))
+    for j in range(o):
+        cross[j, j * k : (j + 1) * k] = projection[j]
+        out_cov[j, j] = _dot(projection[j], inputs)
+    return mean.reshape(o, k) @ inputs, out_cov, cross, variances
+
+
+@_compiled
+def two_layers_neurons(mean: Array, first: Array, last: Array, features: Array, o: int) -> RowPass:
+    """As ``two_layers_dense``, for independent neurons."""
+    inputs = _with_one(features)
+    n, k = first.shape[0], inputs.size
+    hidden = n * k
+    weights = mean[hidden:].reshape(o, n + 1)
+    projection, slope, variances = np.empty((n, k)), np.empty(n), np.empty(mean.size)
+    _project_neurons(first, inputs, projection, variances[:hidden].reshape(n, k))
+    logits = mean[:hidden].reshape(n, k) @ inputs
+    activation, z_variance = np.ones(n + 1), np.empty(n)
+    for j in range(n):
+        activation[j], z_variance[j], slope[j], _ = _relu_unit(logits[j], _dot(projection[j], inputs))
+
+    above = np.empty((o, n + 1))
+    _project_neurons(last, activation, above, variances[hidden:].reshape(o, n + 1))
+    cross, out_cov = np.zeros((o, mean.size)), np.empty((o, o))
+    for j in range(o):
+        for q in range(n):
+            _axpy(cross[j, q * k : (q + 1) * k], weights[j, q] * slope[q], projection[q])
+        cross[j, hidden + j * (n + 1) : hidden + (j + 1) * (n + 1)] = above[j]
+        for i in range(j + 1):
+            total = 0.0
+            for q in range(n):
+                total += weights[j, q] * weights[i, q] * z_variance[q]
+            out_cov[j, i] = out_cov[i, j] = total
+        out_cov[j, j] += _dot(above[j], activation)
+        for q in range(n):
+            out_cov[j, j] += z_variance[q] * (last[j, q, q] if last.ndim == 3 else last[j, q])
+    return weights @ activation, out_cov, cross, variances
+
+
+# ------------------------------------------------------------------ from the output's step to the weights
+
+
+@_compiled
+def weight_step(
+    cross: Array, variances: Array, mean_step: Array, factor: Array, signs: Array, kept: float
+) -> tuple[Array, Array, float, float]:
+    """What ``dm`` ``(o,)`` and ``dC = F diag(signs) F'``, ``F`` ``(o, q)``, do to the weights.
+
+    Returns:
+        ``X dm`` ``(P,)``, ``(X F)'`` ``(q, P)``, the sum of ``X dm``, and the smallest of ``kept`` times a weight's
+        variance plus its change; NaN if any is.
+    """
+    o, total = cross.shape
+    moved, moves = np.zeros(total), np.zeros((signs.size, total))
+    for j in range(o):
+        _axpy(moved, mean_step[j], cross[j])
+        for q in range(signs.size):
+            _axpy(moves[q], factor[j, q], cross[j])
+    after = kept * variances
+    for q in range(signs.size):
+        for r in range(total):
+            after[r] += signs[q] * moves[q, r] * moves[q, r]
+    smallest = np.inf
+    for r in range(total):
+        if not after[r] >= smallest:  # taken by a NaN as well
+            smallest = after[r]
+            if smallest != smallest:
+                break
+    return moved, moves, moved.sum(), smallest
+
+
+@_compiled
+def commit_dense(
+    mean: Array,
+    covs: tuple[Array, ...],
+    between: Array,
+    moved: Array,
+    moves: Array,
+    signs: Array,
+    shapes: tuple[tuple[int, int, int], ...],
+) -> None:
+    """Apply a step in one call, which no signal handler can interrupt; ``shapes`` are ``(n, k, per_row)``."""
+    _axpy(mean, 1.0, moved)
+    start = 0
+    for depth in range(len(covs)):
+        n, k, per_row = shapes[depth]
+        _downdate_triangle(covs[depth], moves, start, signs, n, k, per_row)
+        start += n * k
+    above = mean.size - between.shape[0]
+    for r in range(between.shape[0]):
+        for q in range(signs.size):
+            _axpy(between[r], signs[q] * moves[q, above + r], moves[q, :above])
+
+
+@_compiled
+def _downdate_neurons(cov: Array, moves: Array, start: int, signs: Array) -> None:
+    k = cov.shape[1]
+    for j in range(cov.shape[0]):
+        for q in range(signs.size):
+            own = moves[q, start + j * k : start + (j + 1) * k]
+            for p in range(k):
+                if cov.ndim == 3:
+                    _axpy(cov[j, p], signs[q] * own[p], own)
+                else:
+                    cov[j, p] += signs[q] * own[p] * own[p]
+
+
+@_compiled
+def commit_neurons(mean: Array, covs: tuple[Array, ...], moved: Array, moves: Array, signs: Array) -> None:
+    """As ``commit_dense``, for independent neurons: what is not stored is dropped."""
+    _axpy(mean, 1.0, moved)
+    start = 0
+    for cov in covs:
+        _downdate_neurons(cov, moves, start, signs)
+        start += cov.shape[0] * cov.shape[1]

@@ -1,0 +1,185 @@
+"""The machine code for one row against the PyTorch definition, and the way without it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import STRUCTURES, randn, random_state
+from torch import Tensor, nn
+
+from kbt_rl.inference import compiled, update
+from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.errors import NotPositiveDefiniteError
+from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.output import RULES
+from kbt_rl.inference.update import HeadState, Increment, UpdateInfo
+
+pytestmark = pytest.mark.skipif(compiled.kernels() is None, reason='needs numba: pip install "kbt_rl[fast]"')
+
+RULES_BY_OUTPUTS = [(1, "measure"), (1, "replace"), (3, "measure"), (3, "replace"), (3, "fisher"), (3, "taylor")]
+
+
+@pytest.fixture(params=[64, 8], ids=["one block row", "several block rows"])
+def _block_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from kbt_rl.inference import triangle
+
+    monkeypatch.setattr(triangle, "_ROW_WEIGHTS", request.param)
+    triangle._bounds.cache_clear()
+    yield
+    triangle._bounds.cache_clear()
+
+
+def general(state: HeadState) -> HeadState:
+    """The same posterior, without an engine."""
+    plain = state.clone()
+    plain.__dict__["engine"] = None
+    return plain
+
+
+def noise(outputs: int) -> Tensor:
+    return 0.1 * torch.eye(outputs, dtype=torch.float64) + 0.02
+
+
+def target_of(rule: str, outputs: int, seed: int) -> Tensor:
+    target = randn(1, outputs, seed=seed)
+    return torch.softmax(target, dim=-1) if RULES[rule].link == "softmax" else target
+
+
+def assert_same(fast: Increment, plain: Increment) -> None:
+    scale = float(plain.mean_step.abs().max())
+    torch.testing.assert_close(fast.mean_step, plain.mean_step, rtol=1e-10, atol=1e-12 * scale)
+    ours, theirs = ((step.cov_factor * step.signs) @ step.cov_factor.mT for step in (fast, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11 * float(theirs.abs().max()))
+    for name in UpdateInfo._fields:
+        assert getattr(fast.info, name) == pytest.approx(getattr(plain.info, name), rel=1e-9, abs=1e-15), name
+
+
+@pytest.mark.usefixtures("_block_rows")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("outputs", "rule"), RULES_BY_OUTPUTS)
+@pytest.mark.parametrize("variance", [0.1, 1e-8])
+def test_the_increment_and_the_posterior_equal_the_definition(
+    structure: str, layers: int, outputs: int, rule: str, variance: float
+) -> None:
+    state = random_state(layers, structure, features=5, width=7, outputs=outputs, variance=variance)
+    plain = general(state)
+    assert state.engine is not None
+    assert state.engine.propagates
+    for seed in range(4):
+        given = randn(1, 5, seed=10 + seed), target_of(rule, outputs, 20 + seed), RULES[rule], noise(outputs)
+        fast_step, plain_step = update.increment(state, *given), update.increment(plain, *given)
+        assert_same(fast_step, plain_step)
+        update.apply(state, fast_step)
+        update.apply(plain, plain_step)
+    torch.testing.assert_close(state.mean, plain.mean, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(state.dense_cov(), plain.dense_cov(), rtol=1e-9, atol=1e-11 * variance)
+
+
+@pytest.mark.parametrize("structure", ["joint", "layer", "neuron"])
+def test_the_default_head_without_hidden_variance(structure: str) -> None:
+    """A variance of exactly 0 takes the deterministic limit of the ReLU."""
+    config = HeadConfig(structure=structure, hidden_variance=0.0)
+    state = BayesianHead.from_linear(nn.Linear(5, 1), config).state
+    given = randn(1, 5, seed=1), randn(1, 1, seed=2), RULES["measure"], noise(1)
+    assert_same(update.increment(state, *given), update.increment(general(state), *given))
+
+
+@pytest.mark.parametrize("options", [{"relu_order": 3}, {"feature_variance": 0.1}])
+def test_heads_without_machine_code_for_the_forward_pass_take_the_general_way(options: dict[str, Any]) -> None:
+    state = random_state(2, "joint", **options)
+    assert state.engine is not None
+    assert not state.engine.propagates
+    given = randn(1, 3, seed=1), randn(1, 2, seed=2), RULES["measure"], noise(2)
+    plain = general(state)
+    steps = update.increment(state, *given), update.increment(plain, *given)
+    for posterior, step in zip((state, plain), steps, strict=True):
+        update.apply(posterior, step)
+    torch.testing.assert_close(state.dense_cov(), plain.dense_cov(), rtol=1e-12, atol=1e-14)
+
+
+def test_deeper_heads_have_no_engine() -> None:
+    assert random_state(3, "joint").engine is None
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_without_numba_a_stream_ends_at_the_same_posterior(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = BayesianHead.from_linear(nn.Linear(5, 1), HeadConfig(structure=structure, noise_variance=0.05))
+    plain = copy.deepcopy(fast)
+    rows, labels = randn(50, 1, 5, seed=3), randn(50, 1, 1, seed=4)
+    for row, label in zip(rows, labels, strict=True):
+        fast.update(row, label)
+    monkeypatch.setattr(compiled, "kernels", lambda: None)
+    for row, label in zip(rows, labels, strict=True):
+        plain.update(row, label)
+    assert plain.state.engine is None
+    torch.testing.assert_close(fast.mean, plain.mean, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(fast.state.dense_cov(), plain.state.dense_cov(), rtol=1e-8, atol=1e-12)
+    assert int(fast.labels_seen) == int(plain.labels_seen) == 50
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+def test_a_copy_moves_on_its_own(duplicate: Any) -> None:
+    head = BayesianHead.from_linear(nn.Linear(5, 1))
+    head.update(randn(1, 5, seed=5), randn(1, 1, seed=6))
+    other = duplicate(head)
+    before = head.mean.clone(), head.state.dense_cov()
+    other.update(randn(1, 5, seed=7), randn(1, 1, seed=8))
+    assert torch.equal(head.mean, before[0])
+    assert torch.equal(head.state.dense_cov(), before[1])
+    assert not torch.equal(other.mean, before[0])
+    assert not torch.equal(other.state.dense_cov(), before[1])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_an_interrupt_leaves_the_posterior_of_before_or_after(structure: str) -> None:
+    """A timer fires into a stream of updates; between two of them there is nothing."""
+    head = BayesianHead.from_linear(nn.Linear(5, 1), HeadConfig(structure=structure, noise_variance=0.05))
+    twin = copy.deepcopy(head)
+    rows, labels = randn(4000, 1, 5, seed=9), randn(4000, 1, 1, seed=10)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def is_whole() -> bool:
+        return torch.equal(head.mean, twin.mean) and torch.equal(head.state.dense_cov(), twin.state.dense_cov())
+
+    before, caught, done = signal.signal(signal.SIGALRM, interrupt), 0, 0
+    try:
+        while caught < 30 and done < len(rows):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00007 * caught)
+                while done < len(rows):
+                    head.update(rows[done], labels[done])
+                    done += 1
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+            except KeyboardInterrupt:
+                caught += 1
+                for row, label in zip(
+                    rows[int(twin.labels_seen) : done], labels[int(twin.labels_seen) : done], strict=True
+                ):
+                    twin.update(row, label)
+                if not is_whole():  # the update that was interrupted had been applied
+                    twin.update(rows[done], labels[done])
+                    done += 1
+                assert is_whole()
+                torch.testing.assert_close(head(rows[0]), head.predict(rows[0]).mean, rtol=1e-10, atol=1e-12)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert caught >= 10
+
+
+def test_no_variance_at_all_is_refused_and_changes_nothing() -> None:
+    config = HeadConfig(hidden_variance=0.0, last_variance=0.0, noise_variance=0.0)
+    head = BayesianHead.from_linear(nn.Linear(3, 1), config)
+    before = head.mean.clone()
+    with pytest.raises(NotPositiveDefiniteError):
+        head.update(torch.ones(1, 3), torch.ones(1, 1))
+    assert torch.equal(head.mean, before)
