@@ -46,8 +46,8 @@ def adapt(
 
 
 def timing(method: Method, update_s: float, encoder_s: float = 1e-3) -> Result:
-    record = {"update_s": update_s, "encoder_s": encoder_s, "sample_to_posterior_s": update_s + encoder_s, "samples": 9}
-    return result(replace(BASE, kind="timing", method=method), record)
+    times = {"update_s": update_s, "encoder_s": encoder_s, "sample_to_posterior_s": update_s + encoder_s}
+    return result(replace(BASE, kind="timing", methods=(method,)), {"methods": {method.name: times}})
 
 
 def uncertainty(rule: str, variance: float, final: float, error: float, coverage: float) -> Result:

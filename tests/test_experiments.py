@@ -61,7 +61,7 @@ def test_reported_and_tuning_seeds_do_not_meet() -> None:
 def test_every_trial_of_a_plan_has_an_id_of_its_own() -> None:
     plan = reproduction_plan(full=True)
     ids = {trial.id for trial in [*plan, *timing_plan(plan, quick=False)]}
-    assert len(ids) == len(plan) + sum(method.kind in ("kbt", "printed", "warm_start") for method in figure3_methods())
+    assert len(ids) == len(plan) + 1
     assert dataclasses.replace(BASE).id == BASE.id
     assert dataclasses.replace(BASE, samples=13).id != BASE.id
 
@@ -171,6 +171,17 @@ def test_uncertainty_trial_tells_variance_error_and_coverage(rule: str, out: Pat
     assert record["final_variance"] == pytest.approx(20.0, rel=0.3)
     assert len(record["iterations"]) == len(record["predicted_variance"])
     assert 0.5 < record["coverage"] <= 1.0
+
+
+def test_methods_take_turns_and_a_block_of_warm_start_is_spread_over_its_samples(out: Path) -> None:
+    methods = (KBT_METHOD, warm_start_method(10, 1e-3), printed_method(0.1))
+    trial = dataclasses.replace(BASE, kind="timing", methods=methods, samples=40)
+    record = trials.run_trial(trial, out / "models")["methods"]
+    assert list(record) == [method.name for method in methods]
+    for times in record.values():
+        assert times["sample_to_posterior_s"] == times["update_s"] + times["encoder_s"]
+    # A hundred epochs shared by ten samples: more than an update, less than the whole training.
+    assert record["warm start 10"]["update_s"] > 3 * record["KBT"]["update_s"] > 0
 
 
 def test_visited_labels_follow_the_learners_own_path(out: Path) -> None:

@@ -184,7 +184,8 @@ def clone_behaviour(
     decayed = {id(parameter) for parameter in blocks}
     free = [parameter for parameter in transformer.parameters() if id(parameter) not in decayed]
     groups = [{"params": blocks, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, config.learning_rate)
+    fused = device.type in ("cpu", "cuda")
+    optimiser = torch.optim.AdamW(groups, config.learning_rate, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=config.steps)
     transformer.train()
     for _ in range(config.steps):

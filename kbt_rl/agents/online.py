@@ -144,7 +144,8 @@ class OnlineAlgorithm(BaseAlgorithm):
             context = self.policy.start(np.atleast_2d(np.asarray(context)))
         else:
             self.policy.check_context(context)
-            self.policy.check_observations(context.newest)
+            if sample.features is None:  # else it was checked when it was encoded
+                self.policy.check_observations(context.newest)
         target = np.atleast_2d(np.asarray(sample.target, dtype=np.float64))
         rows = labelled_rows(target, sample.mask, len(context.timesteps), self.policy.action_size)
         if len(rows) == 0:

@@ -66,6 +66,7 @@ class Trial:
         noise_variance: Variance of the label noise, N^2.
         stream: ``iid`` or ``visited``.
         pretraining: How the policy was pre-trained.
+        methods: Learners that take turns in a ``timing`` trial.
     """
 
     kind: Kind
@@ -78,6 +79,7 @@ class Trial:
     noise_variance: float = 0.0
     stream: str = "iid"
     pretraining: PretrainConfig = PRETRAINING
+    methods: tuple[Method, ...] = ()
 
     @property
     def id(self) -> str:
@@ -204,10 +206,8 @@ def _single(base: Trial, quick: bool) -> list[Trial]:
 
 
 def timing_plan(plan: list[Trial], quick: bool) -> list[Trial]:
-    """Figure 4: every learner of the plan once, to be run one after another with nothing beside it."""
+    """Figure 4: every learner in turn, in one trial to be run with nothing beside it."""
     first = next(trial for trial in plan if trial.kind == "adapt")
-    return [
-        replace(first, kind="timing", method=method, samples=100 if quick else 200, checkpoints=(), starts=0)
-        for method in figure3_methods()
-        if method.kind in ("kbt", "printed", "warm_start")
-    ]
+    methods = tuple(method for method in figure3_methods() if method.kind in ("kbt", "printed", "warm_start"))
+    samples = 200 if quick else 400  # at least two blocks of the largest memory
+    return [replace(first, kind="timing", methods=methods, samples=samples, checkpoints=(), starts=0)]

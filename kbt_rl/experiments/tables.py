@@ -127,8 +127,7 @@ def collect(results: Sequence[Result]) -> Tables:
             case "correlated":
                 tables.correlated.extend(_correlated_rows(trial, record))
             case "timing":
-                times = (record["update_s"], record["encoder_s"], record["sample_to_posterior_s"])
-                tables.figure4.append(TimingRow(trial["method"]["name"], *times))
+                tables.figure4.extend(TimingRow(name, **times) for name, times in record["methods"].items())
             case "uncertainty":
                 tables.figure5.extend(_variance_rows(trial, record))
                 tables.figure5_summary.append(_uncertainty_row(trial, record))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from kbt_rl.experiments.learners import LabelStream, build
 from kbt_rl.experiments.printed import PrintedKBT
 from kbt_rl.experiments.simulation import EPISODE_STEPS, Force, Outcome, expert_force, regret, simulate, starts
 from kbt_rl.experiments.single import initialisation_errors, softmax_errors
+from kbt_rl.experiments.timing import timing_record
 
 Record = dict[str, Any]
 FloatArray = npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ def run_trial(trial: Trial, models: Path | None = None) -> Record:
         "adapt": _adapt,
         "correlated": _correlated,
         "uncertainty": _uncertainty,
-        "timing": _timing,
+        "timing": timing_record,
         "initialisation": lambda trial, model: initialisation_errors(model),
         "softmax": lambda trial, model: softmax_errors(trial.samples, trial.stream_seed),
     }[trial.kind]
@@ -203,32 +203,3 @@ def _uncertainty(trial: Trial, pretrained: KBT) -> Record:
         "mean_error": float(np.sqrt(np.mean((mean - clean) ** 2))),
         "coverage": float(np.mean(np.abs(noisy - mean) <= half_width)),
     }
-
-
-def _timing(trial: Trial, pretrained: KBT) -> Record:
-    """Figure 4: seconds per sample for the update alone and for sample to posterior, encoder included."""
-    learner = build(trial.method, pretrained)
-    stream = LabelStream(trial)
-    warm_up = int(trial.method.settings.get("memory", 20))
-    count = max(trial.samples, 2 * warm_up)
-    states = stream.states(count + warm_up)
-    labels = stream.label(states)
-    update, encode = np.empty(len(states)), np.empty(len(states))
-    for i in range(len(states)):
-        context = learner.policy.start(states[i : i + 1])
-        begin = time.perf_counter()
-        features = learner.policy.encode(context)
-        encoded = time.perf_counter()
-        learner.update(Sample(context, labels[i : i + 1], features=features))
-        update[i], encode[i] = time.perf_counter() - encoded, encoded - begin
-        if isinstance(learner, PrintedKBT) and learner.failed_after is not None:
-            # From here on it does nothing, which takes no time worth telling.
-            warm_up, update, encode = max(1, min(warm_up, i // 2)), update[:i], encode[:i]
-            break
-    update, encode = update[warm_up:], encode[warm_up:]
-    # A block of warm start is paid for once every `memory` samples: its cost per sample is the mean over whole blocks.
-    whole = len(update) - len(update) % warm_up
-    blocks = update[:whole].reshape(-1, warm_up).mean(axis=1)
-    alone = float(np.median(blocks if trial.method.kind == "warm_start" else update))
-    encoder = float(np.median(encode))
-    return {"update_s": alone, "encoder_s": encoder, "sample_to_posterior_s": alone + encoder, "samples": len(update)}
