@@ -89,7 +89,7 @@ class KBT(OnlineAlgorithm):
             features = self.policy.encode(context)
         head = self.policy.head
         info = head.update(features, torch.from_numpy(target))
-        unit = float(head.target_scale.square().mean())
+        unit = head.mean_square_scale
         return KBTInfo(
             labels=len(target),
             innovation=info.innovation * unit**0.5,

@@ -100,9 +100,10 @@ class TransformerPolicy(BasePolicy):
     def encode(self, context: ContextWindow) -> Tensor:
         """Features of the newest step of each context, ``(n, width)``: T1 of the paper, without gradient."""
         with torch.inference_mode():
-            observations, actions, timesteps = (torch.from_numpy(array).to(self.device) for array in context)
-            dtype = self.transformer.observation_scale.dtype  # the encoder may be cast, by .half() for one
-            return self.transformer.encode(observations.to(dtype), actions.to(dtype), timesteps)[:, -1]
+            like = self.transformer.observation_scale  # the encoder may be cast, by .half() for one
+            observations, actions = (torch.from_numpy(array).to(like) for array in context[:2])
+            timesteps = torch.from_numpy(context.timesteps).to(like.device)
+            return self.transformer.encode(observations, actions, timesteps)[:, -1]
 
     def act(self, features: Tensor) -> Array:
         """Mean actions for encoded contexts, ``(n, action size)``, unclipped float64."""
@@ -175,9 +176,12 @@ class TransformerPolicy(BasePolicy):
     def check_context(self, context: ContextWindow) -> None:
         """Raise ValueError unless the context has the shape of this policy's."""
         length = self.transformer_config.context_length
-        expected = {"observations": (length, self.observation_size), "actions": (length, self.action_size)}
-        for name, shape in expected.items():
-            found = np.shape(getattr(context, name))
+        parts = (
+            ("observations", context.observations, self.observation_size),
+            ("actions", context.actions, self.action_size),
+        )
+        for name, array, size in parts:
+            found, shape = array.shape, (length, size)
             if found[1:] != shape:
                 raise ValueError(f"the context's {name} have shape {found}; expected (n, {shape[0]}, {shape[1]})")
 

@@ -209,5 +209,5 @@ def timing_plan(plan: list[Trial], quick: bool) -> list[Trial]:
     """Figure 4: every learner in turn, in one trial to be run with nothing beside it."""
     first = next(trial for trial in plan if trial.kind == "adapt")
     methods = tuple(method for method in figure3_methods() if method.kind in ("kbt", "printed", "warm_start"))
-    samples = 200 if quick else 400  # at least two blocks of the largest memory
+    samples = 200 if quick else 300  # at least two blocks of the largest memory
     return [replace(first, kind="timing", methods=methods, samples=samples, checkpoints=(), starts=0)]

@@ -177,15 +177,14 @@ def _uncertainty(trial: Trial, pretrained: KBT) -> Record:
     head, newton = learner.policy.head, SHIFTED.max_force
     stream = LabelStream(trial)
     states = stream.states(trial.samples)
-    features = learners.features_of(learner.policy, states)
-    labels = torch.from_numpy(stream.label(states))
+    features = learners.features_of(learner.policy, states).numpy()
+    labels = stream.label(states)
     unit = (float(head.target_scale[0]) * newton) ** 2
     replacing = trial.method.settings.get("rule") == "replace"
     variance = np.empty(trial.samples)
-    with torch.inference_mode():
-        for i in range(trial.samples):
-            info = head.update(features[i : i + 1], labels[i : i + 1])
-            variance[i] = unit * (info.epistemic_variance if replacing else info.predictive_variance)
+    for i in range(trial.samples):
+        info = head.update(features[i : i + 1], labels[i : i + 1])
+        variance[i] = unit * (info.epistemic_variance if replacing else info.predictive_variance)
     held_out = stream.states(4_000)
     noisy = newton * stream.label(held_out)[:, 0]
     prediction = head.predict(learners.features_of(learner.policy, held_out))

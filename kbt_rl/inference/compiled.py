@@ -56,6 +56,9 @@ class RowEngine:
         self._between = cov[layers] if len(cov) > layers else _NOTHING
         self._dense = spec.structure in ("joint", "layer")
         self._shapes = tuple((*shape, neurons_per_row(shape)) for shape in spec.shapes)
+        columns = state.mean.shape[0] if spec.structure == "joint" else spec.shapes[0].size
+        two_dense = self._dense and layers == 2
+        self._workspace = np.empty((spec.shapes[0].n, columns) if two_dense else (0, 0))
         self.propagates = spec.relu_order == 2 and spec.feature_variance == 0.0
 
     def propagate(self, features: Array) -> RowPass:
@@ -70,7 +73,7 @@ class RowEngine:
                 result = code.linear_dense(mean, *layers, features, o, self._shapes[0][2])
             else:
                 per_row = self._shapes[0][2], self._shapes[1][2]
-                result = code.two_layers_dense(mean, *layers, self._between, features, o, *per_row)
+                result = code.two_layers_dense(mean, *layers, self._between, features, o, *per_row, self._workspace)
         return result
 
     def weight_step(
@@ -81,6 +84,15 @@ class RowEngine:
         step: tuple[Array, Array, float, float]
         with _plain_interrupts:
             step = self._code.weight_step(cross, variances, mean_step, factor, signs, kept)
+        return step
+
+    def scalar_step(
+        self, row: RowPass, target: float, noise: float, replacing: bool, kept: float
+    ) -> tuple[float, float, float, Array, Array, float, float]:
+        """See ``kernels.scalar_step``."""
+        step: tuple[float, float, float, Array, Array, float, float]
+        with _plain_interrupts:
+            step = self._code.scalar_step(row, target, noise, replacing, kept)
         return step
 
     def commit(self, moved: Array, moves: Array, signs: Array) -> None:

@@ -158,6 +158,12 @@ class BayesianHead(nn.Module):
         self.noise_cov.copy_(noise_cov / self._target_square())
 
     @property
+    def mean_square_scale(self) -> float:
+        """Average over the outputs of the squared ``target_scale``: what averaged variances are multiplied by."""
+        outputs = self._memory().outputs
+        return float(outputs @ outputs) / self.out_features
+
+    @property
     def state(self) -> HeadState:
         """The posterior; shares memory with the module."""
         return self._memory().state
@@ -201,7 +207,7 @@ class BayesianHead(nn.Module):
             published = self._published = (version, acting_view(state))
         return published[1]
 
-    def increment(self, features: Tensor, target: Tensor) -> Increment:
+    def increment(self, features: Tensor | Array, target: Tensor | Array) -> Increment:
         """What one joint update on rows ``(B, d)`` with targets ``(B, o)``, B up to 32, would add to the posterior.
 
         Raises:
@@ -223,7 +229,7 @@ class BayesianHead(nn.Module):
         functional.apply(self.state, step)
         self._memory().labels_seen += step.info.labels // self.out_features
 
-    def update(self, features: Tensor, target: Tensor) -> UpdateInfo:
+    def update(self, features: Tensor | Array, target: Tensor | Array) -> UpdateInfo:
         """Condition the posterior on labelled rows; either completes or changes nothing.
 
         Up to 32 rows are one joint update; longer batches are successive blocks of 32, computed on a copy.
@@ -240,7 +246,7 @@ class BayesianHead(nn.Module):
         engine = memory.state.engine if count == 1 else None
         if engine is not None and engine.propagates:
             row = functional.row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov)
-            engine.commit(row.mean_step, row.factor, row.signs.numpy())
+            engine.commit(row.mean_step, row.factor, row.signs)
             memory.labels_seen += 1
             return row.info
         state = memory.state if count <= functional.MAX_JOINT_ROWS else memory.state.clone()

@@ -176,14 +176,19 @@ def two_layers_dense(
     o: int,
     per_row_first: int,
     per_row_last: int,
+    projection: Array,
 ) -> RowPass:
-    """Two layers, see ``RowPass``. ``between`` is ``Cov(w^2, w^1)``, ``(o (n+1), n k)``, or empty for ``layer``."""
+    """Two layers, see ``RowPass``.
+
+    ``between`` is ``Cov(w^2, w^1)``, ``(o (n+1), n k)``, or empty for ``layer``. ``projection`` is memory for
+    ``Cov(theta, u^1)`` transposed, ``(n, P)``, for ``layer`` ``(n, n k)``: allocated anew it would take longer to
+    provide than to fill.
+    """
     k = features.size + 1
     n = (mean.size - o) // (k + o)
     hidden, coupled = n * k, between.size > 0
     inputs, weights = _with_one(features), mean[hidden:].reshape(o, n + 1)
 
-    projection = np.empty((n, mean.size if coupled else hidden))  # Cov(theta, u^1)
     variances = np.empty(mean.size)
     _project_triangle(first, inputs, n, per_row_first, projection, 0, variances)
     for r in range(between.shape[0]):
@@ -202,8 +207,7 @@ def two_layers_dense(
                 projection[q, r] *= slope[q]
         _add_coupled_part(out_mean, out_cov, weights, projection[:, hidden:], activation)
         for j in range(o):
-            for p in range(n + 1):
-                _axpy(cross[j, :hidden], activation[p], between[j * (n + 1) + p])
+            cross[j, :hidden] = activation @ between[j * (n + 1) : (j + 1) * (n + 1)]
             for q in range(n):
                 _axpy(cross[j, hidden:], weights[j, q], projection[q, hidden:])
     for j in range(o):
@@ -338,13 +342,44 @@ def weight_step(
     for q in range(signs.size):
         for r in range(total):
             after[r] += signs[q] * moves[q, r] * moves[q, r]
+    return moved, moves, moved.sum(), _smallest(after)
+
+
+@_compiled
+def _smallest(values: Array) -> float:
+    """The smallest entry; NaN if there is one."""
     smallest = np.inf
-    for r in range(total):
-        if not after[r] >= smallest:  # taken by a NaN as well
-            smallest = after[r]
-            if smallest != smallest:
+    for value in values:
+        if not value >= smallest:  # taken by a NaN as well
+            smallest = value
+            if value != value:
                 break
-    return moved, moves, moved.sum(), smallest
+    return smallest
+
+
+@_compiled
+def scalar_step(
+    row: RowPass, target: float, noise: float, replacing: bool, kept: float
+) -> tuple[float, float, float, Array, Array, float, float]:
+    """``output.measure`` or ``output.replace`` and ``weight_step`` for one output.
+
+    Returns:
+        Mean and variance of the output, the sign of ``dC``, and what ``weight_step`` returns. The variance to invert is
+        not positive where the caller must refuse the step.
+    """
+    mean, variance = row[0][0], row[1][0, 0]
+    cross, variances = row[2], row[3]
+    inverted = variance if replacing else variance + noise
+    # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
+    change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
+    gain, root = (target - mean) / inverted, math.sqrt(abs(change))
+    moved, moves = np.empty(variances.size), np.empty((1, variances.size))
+    after = np.empty(variances.size)
+    for r in range(variances.size):
+        moved[r] = gain * cross[0, r]
+        moves[0, r] = root * cross[0, r]
+        after[r] = kept * variances[r] + change * cross[0, r] * cross[0, r]
+    return mean, variance, math.copysign(1.0, change), moved, moves, moved.sum(), _smallest(after)
 
 
 @_compiled

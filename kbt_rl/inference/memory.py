@@ -20,7 +20,6 @@ from kbt_rl.inference.prior import layer_shapes, prior_cov
 from kbt_rl.inference.update import HeadSpec, HeadState, row_step
 
 Array = npt.NDArray[Any]
-_NUMPY_DTYPES = (torch.float32, torch.float64)
 
 
 class Memory:
@@ -41,10 +40,12 @@ class Memory:
         """Values as this memory computes with them, detached, so that nothing is recorded for a gradient."""
         if not self.on_cpu:
             return torch.as_tensor(values).detach().to(self.device, torch.float64)
-        if isinstance(values, Tensor):
-            values = values.detach()
-            return (values if values.dtype in _NUMPY_DTYPES else values.double()).numpy(force=True)
-        return np.asarray(values)
+        if not isinstance(values, Tensor):
+            return np.asarray(values)
+        try:
+            return values.numpy()
+        except (TypeError, RuntimeError):  # it needs a gradient, is elsewhere, or has a dtype that NumPy lacks
+            return values.detach().to("cpu", torch.float64).numpy()
 
     def finite(self, features: Any, target: Any) -> bool:
         """Whether no entry is NaN or infinite."""
@@ -63,4 +64,4 @@ def prepare(structure: str, layers: int) -> None:
     engine = HeadState(HeadSpec(shapes, structure), mean, cov).engine
     if engine is not None:
         step = row_step(engine, np.zeros(1), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
-        engine.commit(step.mean_step, step.factor, step.signs.numpy())
+        engine.commit(step.mean_step, step.factor, step.signs)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +31,15 @@ from kbt_rl.inference.triangle import LayerShape
 
 Array = npt.NDArray[np.float64]
 
+if TYPE_CHECKING:
+    from kbt_rl.inference.kernels import RowPass
+
 # Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
 MAX_JOINT_ROWS = 32
 _LARGEST_ROW_RANK = 4
 # A variance counts as what is left of it after rounding, so that a downdate to nothing is refused, not left below 0.
 _KEPT = 1.0 - 8.0 * torch.finfo(torch.float64).eps
-_SIGNS = {sign: torch.full((1,), sign, dtype=torch.float64) for sign in (-1.0, 1.0)}
+_SIGNS = {sign: np.array([sign]) for sign in (-1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -181,52 +184,40 @@ class RowStep(NamedTuple):
 
     mean_step: Array
     factor: Array
-    signs: Tensor
+    signs: Array
     info: UpdateInfo
 
     def as_increment(self) -> Increment:
         """The same as tensors on the same memory."""
-        return Increment(torch.from_numpy(self.mean_step), torch.from_numpy(self.factor).mT, self.signs, self.info)
+        mean_step, factor, signs = (torch.from_numpy(array) for array in self[:3])
+        return Increment(mean_step, factor.mT, signs, self.info)
 
 
 def row_step(engine: RowEngine, features: Array, target: Array, rule: OutputRule, noise_cov: Tensor) -> RowStep:
     """``increment`` for one row ``(d,)`` and its target ``(1, o)``, with the forward pass in machine code."""
     row = engine.propagate(features)
-    mean, cov = row[:2]
-    if len(mean) == 1 and rule.condition in (measure, replace):
-        step = _scalar_step(float(mean[0]), float(cov[0, 0]), float(target[0, 0]), float(noise_cov), rule)
-    else:
-        output = Gaussian(torch.from_numpy(mean), torch.from_numpy(cov))
-        given = rule.condition(output, torch.from_numpy(target), noise_cov)
-        root = np.ascontiguousarray(given.cov_factor.numpy())
-        step = _OutputStep(given.mean_step.numpy(), root, given.signs, _describe(output, given, noise_cov))
-    moved, moves, total, smallest = engine.weight_step(row, step.mean, step.factor, step.signs.numpy(), _KEPT)
-    info = step.info._replace(smallest_variance=smallest)
+    if target.shape[1] == 1 and rule.condition in (measure, replace):
+        return _scalar_step(engine, row, float(target[0, 0]), float(noise_cov.numpy()[0, 0]), rule.condition is replace)
+    output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
+    step = rule.condition(output, torch.from_numpy(target), noise_cov)
+    factor = np.ascontiguousarray(step.cov_factor.numpy())
+    moved, moves, total, smallest = engine.weight_step(row, step.mean_step.numpy(), factor, step.signs.numpy(), _KEPT)
+    info = _describe(output, step, noise_cov)._replace(smallest_variance=smallest)
     _check(total, info)
-    return RowStep(moved, moves, step.signs, info)
+    return RowStep(moved, moves, step.signs.numpy(), info)
 
 
-class _OutputStep(NamedTuple):
-    """``dm`` ``(o,)``, ``dC = F diag(signs) F'`` with ``F`` ``(o, q)``, and the record."""
-
-    mean: Array
-    factor: Array
-    signs: Tensor
-    info: UpdateInfo
-
-
-def _scalar_step(mean: float, variance: float, target: float, noise_variance: float, rule: OutputRule) -> _OutputStep:
+def _scalar_step(engine: RowEngine, row: RowPass, target: float, noise: float, replacing: bool) -> RowStep:
     """The rules ``measure`` and ``replace`` for one row and one output, without PyTorch's cost per call."""
-    predictive = variance + noise_variance
-    inverted = variance if rule.condition is replace else predictive
+    mean, variance, sign, moved, moves, total, smallest = engine.scalar_step(row, target, noise, replacing, _KEPT)
+    predictive = variance + noise
+    inverted = variance if replacing else predictive
     if not inverted > 0.0:
         raise NotPositiveDefiniteError("predicted covariance, with noise unless the rule is 'replace',", inverted)
     innovation = target - mean
-    # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
-    change = (noise_variance - inverted) / inverted**2 if rule.condition is replace else -1.0 / inverted
-    info = UpdateInfo(abs(innovation), innovation * innovation / predictive, variance, predictive, math.nan, 1)
-    factor = np.array([[math.sqrt(abs(change))]])
-    return _OutputStep(np.array([innovation / inverted]), factor, _SIGNS[math.copysign(1.0, change)], info)
+    info = UpdateInfo(abs(innovation), innovation * innovation / predictive, variance, predictive, smallest, 1)
+    _check(total, info)
+    return RowStep(moved, moves, _SIGNS[sign], info)
 
 
 def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor) -> UpdateInfo:

@@ -114,12 +114,17 @@ class DecisionTransformer(nn.Module):
         """
         tokens, per_step = self._tokens(observations, actions, timesteps, returns)
         if tokens.shape[1] == 1:
-            features: Tensor = self.encoder(tokens)
-            return features
+            return self._through_layers(tokens, None)
         blocked = self._attention_mask(timesteps, observations.shape[1], per_step, tokens.shape[1])
-        features = self.encoder(tokens, mask=blocked)
+        features = self._through_layers(tokens, blocked)
         state_token = per_step - 2 if self.config.context_length > 1 else per_step - 1
         return features[:, state_token::per_step]
+
+    def _through_layers(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """``self.encoder(tokens, mask)`` without its checks for nested tensors, a sixth of the time of one token."""
+        for layer in self.encoder.layers:
+            tokens = layer(tokens, src_mask=mask)
+        return tokens
 
     def _tokens(
         self, observations: Tensor, actions: Tensor, timesteps: Tensor, returns: Tensor | None
