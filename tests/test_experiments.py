@@ -31,10 +31,12 @@ from kbt_rl.experiments.config import (
     tuned,
     warm_start_method,
 )
+from kbt_rl.experiments.one_token import StackedTransformers
 from kbt_rl.experiments.runner import perform, read_results, result_path, run_all
 from kbt_rl.experiments.simulation import Outcome, expert_force, regret, simulate, starts
 from kbt_rl.experiments.timing import _Timed
 from kbt_rl.experiments.tune import score, tuning_plan
+from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
 
 TINY = PretrainConfig(samples=500, steps=60, batch_size=32)
 BASE = Trial("adapt", KBT_METHOD, 0, 0, samples=12, starts=3, checkpoints=(0, 6, 12), pretraining=TINY)
@@ -122,6 +124,27 @@ def test_snapshots_act_like_the_learner_at_that_time(method: Method, pretrained:
     force = learners.batch_force(learner, snapshots)(np.broadcast_to(probe, (3, *probe.shape)))
     np.testing.assert_allclose(force, np.stack(wanted), rtol=1e-4, atol=1e-3)
     assert np.abs(force[0] - force[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_stacked_transformers_are_the_network_for_one_state(norm_first: bool) -> None:
+    config = DecisionTransformerConfig(width=8, layers=3, heads=4, feedforward=5, norm_first=norm_first)
+    networks = [DecisionTransformer(4, 2, config).eval() for _ in range(3)]
+    for network in networks:
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter)
+        network.observation_scale.uniform_(0.5, 2.0)
+        network.action_scale.uniform_(0.5, 2.0)
+    observations = torch.randn(3, 5, 4)
+    stacked = StackedTransformers([network.state_dict() for network in networks], config)(observations)
+    for each, network, rows in zip(stacked, networks, observations, strict=True):
+        wanted = network(rows.unsqueeze(1), torch.zeros(5, 1, 2), torch.zeros(5, dtype=torch.long))[:, 0]
+        torch.testing.assert_close(each, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_stacked_transformers_refuse_longer_contexts(pretrained: KBT) -> None:
+    with pytest.raises(ValueError, match="one state"):
+        StackedTransformers([{}], DecisionTransformerConfig(context_length=2))
 
 
 def test_every_learner_starts_as_the_pretrained_policy(pretrained: KBT) -> None:

@@ -12,8 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.func import functional_call, stack_module_state, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kbt_rl  # noqa: F401  registers the environments
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
@@ -24,11 +22,11 @@ from kbt_rl.agents.policies import TransformerPolicy
 from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED
 from kbt_rl.experiments.config import Method, Trial
+from kbt_rl.experiments.one_token import StackedTransformers
 from kbt_rl.experiments.printed import PrintedKBT
 from kbt_rl.experiments.simulation import Force, expert_force
 from kbt_rl.inference.acting import stack_views, view_mean
 from kbt_rl.inference.config import HeadConfig
-from kbt_rl.models.decision_transformer import DecisionTransformer
 
 FloatArray = npt.NDArray[np.float64]
 NOMINAL_ID = "kbt_rl/InvertedPendulum-v0"
@@ -127,26 +125,13 @@ def _head_force(learner: KBT, views: Sequence[Any]) -> Force:
     return force
 
 
-def _transformer_force(policy: TransformerPolicy, states_of_weights: Sequence[dict[str, Tensor]]) -> Force:
-    """Different weights in every snapshot: one vectorised call over the stacked parameters."""
-    modules = []
-    for weights in states_of_weights:
-        module = DecisionTransformer(policy.observation_size, policy.action_size, policy.transformer_config)
-        module.load_state_dict(weights)
-        modules.append(module.train())  # without dropout the same map, and free of fused kernels vmap cannot batch
-    parameters, buffers = stack_module_state(modules)
-
-    def one(params: Any, buffs: Any, observations: Tensor) -> Tensor:
-        rows = len(observations)
-        arguments = (observations.unsqueeze(1), observations.new_zeros(rows, 1, 1), torch.zeros(rows, dtype=torch.long))
-        output: Tensor = functional_call(modules[0], (params, buffs), arguments)
-        return output[:, 0, 0]
+def _transformer_force(policy: TransformerPolicy, snapshots: Sequence[dict[str, Tensor]]) -> Force:
+    stacked = StackedTransformers(list(snapshots), policy.transformer_config)
 
     def force(states: npt.NDArray[Any]) -> FloatArray:
-        # Of the attention kernels only the plain one can be batched over weights.
-        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
-            actions = vmap(one)(parameters, buffers, torch.from_numpy(states.astype(np.float32)))
-        result: FloatArray = actions.double().numpy() * SHIFTED.max_force
+        with torch.inference_mode():
+            actions = stacked(torch.from_numpy(states.astype(np.float32)))
+        result: FloatArray = actions[..., 0].double().numpy() * SHIFTED.max_force
         return result
 
     return force
