@@ -7,6 +7,7 @@ that the curves of different learners lie over each other in TensorBoard.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -18,20 +19,26 @@ from kbt_rl.agents.experts import Expert, as_labeller, max_force
 from kbt_rl.agents.kbt import KBT, KBTInfo
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import LearnerInfo, Sample
-from kbt_rl.callbacks.streams import SampleStream, as_stream
+from kbt_rl.callbacks.queries import Always, QueryRule
+from kbt_rl.callbacks.streams import SampleStream, StreamBatch, as_stream
 
 
 class OnlineAdapter(BaseCallback):
     """Teach a learner during ``learn``: at each step take samples from a stream, label them, update.
 
     Logs under ``kalman/``, for every learner alike: ``labels`` (used so far), ``update_ms`` (mean since the last write)
-    and ``innovation`` (rms of label minus prediction, action units).
+    and ``innovation`` (rms of label minus prediction, action units); and ``labels_asked`` and ``labels_saved`` (rows
+    that the query rule or the budget left out) of this adapter.
 
     Args:
         expert: An SB3 policy or algorithm, or a callable from observations ``(n, o)`` to actions ``(n, a)``; a row of
             NaN means no label. None if the stream brings labels.
         stream: ``"iid"`` (uniform in the label box, one label per environment step, as in the paper), ``"visited"``
-            (the states of the rollout), or a ``SampleStream``.
+            (the states of the rollout), ``"uncertain"`` (the most uncertain of a pool of i.i.d. states), or a
+            ``SampleStream``.
+        query: Which of the stream's rows are worth asking for, such as ``VarianceGate()``; all by default.
+        budget: Labels to ask for at most; None for no limit.
+        delay: Steps that a label takes. 0: before the policy acts in the state that was labelled; 1: just after.
         check_expert: Refuse an expert that was made for another plant than the training environment's.
         verbose: As in SB3.
     """
@@ -43,11 +50,22 @@ class OnlineAdapter(BaseCallback):
         expert: Expert | None,
         stream: str | SampleStream = "iid",
         *,
+        query: QueryRule | None = None,
+        budget: int | None = None,
+        delay: int = 0,
         check_expert: bool = True,
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        self.stream = as_stream(stream)
+        self.stream, self.query = as_stream(stream), Always() if query is None else query
+        if budget is not None and budget < 0:
+            raise ValueError(f"budget is {budget}; a number of labels is not negative (None for no limit)")
+        if delay < 0:
+            raise ValueError(f"delay is {delay}; a label arrives 0, 1, ... steps after it was asked for")
+        self.budget, self.delay = budget, delay
+        self.asked = self.saved = 0
+        self._on_the_way: deque[tuple[int, Sample]] = deque()
+        self._step = 0
         if expert is None and not self.stream.labelled:
             raise ValueError("this stream brings no labels; pass an expert")
         self.expert, self.check_expert = expert, check_expert
@@ -66,6 +84,7 @@ class OnlineAdapter(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.stream.check(self.model)
+        self.query.check(self.model)
 
     def _check_plant(self, expert: Expert) -> None:
         """An expert of another plant, or of another force limit, is almost always a mistake."""
@@ -83,21 +102,46 @@ class OnlineAdapter(BaseCallback):
                 )
 
     def _on_step(self) -> bool:
+        self._step += 1
         batch = self.stream.next(self.model, self.locals)
-        if batch is None:
-            return True
+        sample = None if batch is None else self._ask(batch)
+        if sample is not None:
+            self._on_the_way.append((self._step + self.delay, sample))
+        while self._on_the_way and self._on_the_way[0][0] <= self._step:
+            self._learn(self._on_the_way.popleft()[1])
+        self.logger.record("kalman/labels", self.model.labels_used)
+        self.logger.record("kalman/labels_asked", self.asked)
+        self.logger.record("kalman/labels_saved", self.saved)
+        return True
+
+    def _ask(self, batch: StreamBatch) -> Sample | None:
+        """The batch with the labels of the rows that are worth one, or None if none is."""
+        offered = np.ones(len(batch.context.timesteps), dtype=bool) if batch.mask is None else batch.mask
+        features, wanted = batch.features, offered
+        if not isinstance(self.query, Always):
+            features = self.model.policy.encode(batch.context) if features is None else features
+            wanted = offered & self.query.wants(self.model, features)
+        if self.budget is not None:
+            wanted = wanted & (np.cumsum(wanted) <= self.budget - self.asked)
+        asked = int(wanted.sum())
+        self.asked, self.saved = self.asked + asked, self.saved + int(offered.sum()) - asked
+        if not asked:
+            return None
         target = batch.target
         if target is None:
             assert self._labeller is not None
-            target = self._labeller(batch.context.newest)
+            target = np.full((len(wanted), self.model.policy.action_size), np.nan)
+            target[wanted] = self._labeller(batch.context.newest[wanted])
+        return Sample(batch.context, target, None if wanted.all() else wanted, features)
+
+    def _learn(self, sample: Sample) -> None:
+        """Update on a sample whose labels have arrived."""
         started = time.perf_counter()
-        info = self.model.update(Sample(batch.context, target, batch.mask, batch.features))
+        info = self.model.update(sample)
         elapsed = time.perf_counter() - started
         if info.labels:
             self.logger.record_mean("kalman/update_ms", 1e3 * elapsed)
             self._record(info)
-        self.logger.record("kalman/labels", self.model.labels_used)
-        return True
 
     def _record(self, info: LearnerInfo) -> None:
         """Log what an update told."""

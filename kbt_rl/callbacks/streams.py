@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from gymnasium import spaces
 from torch import Tensor
 
 from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.callbacks.queries import epistemic_variance
 from kbt_rl.models.context import ContextWindow
 
 Array = npt.NDArray[Any]
@@ -75,9 +78,11 @@ class IidStream(SampleStream):
 
     def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch:
         """See ``SampleStream``."""
+        return StreamBatch(model.policy.start(self._draw(model, model.n_envs)))
+
+    def _draw(self, model: OnlineAlgorithm, count: int) -> Array:
         box = self._box(model)
-        states = model.stream_rng.uniform(box.low, box.high, (model.n_envs, *box.shape)).astype(np.float32)
-        return StreamBatch(model.policy.start(states))
+        return model.stream_rng.uniform(box.low, box.high, (count, *box.shape)).astype(np.float32)
 
     def _box(self, model: OnlineAlgorithm) -> spaces.Box:
         box = model.label_space if self.box is None else self.box
@@ -108,6 +113,34 @@ class VisitedStream(SampleStream):
         if position % self.every:
             return None
         return StreamBatch(step["context"], step["features"])
+
+
+class UncertainStream(IidStream):
+    """Of a pool of i.i.d. states, the one that the posterior knows least about: one per environment and step.
+
+    Args:
+        pool: States to choose from.
+        box: Where to draw; the model's label space if None.
+    """
+
+    def __init__(self, pool: int = 32, box: spaces.Box | None = None) -> None:
+        super().__init__(box)
+        if pool < 1:
+            raise ValueError(f"pool is {pool}; there is at least 1 state to choose from")
+        self.pool = pool
+
+    def check(self, model: OnlineAlgorithm) -> None:
+        """Only a posterior knows what it does not know."""
+        super().check(model)
+        epistemic_variance(model, torch.zeros(1, model.policy.transformer_config.width))
+
+    def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch:
+        """See ``SampleStream``."""
+        context = model.policy.start(self._draw(model, self.pool * model.n_envs))
+        features = model.policy.encode(context)
+        by_env = epistemic_variance(model, features).reshape(model.n_envs, self.pool)
+        chosen = by_env.argmax(axis=1) + self.pool * np.arange(model.n_envs)
+        return StreamBatch(context.rows(chosen), features[chosen])
 
 
 class RecordedStream(SampleStream):
@@ -148,10 +181,14 @@ class RecordedStream(SampleStream):
 
 
 def as_stream(stream: str | SampleStream) -> SampleStream:
-    """A stream by name: ``"iid"`` or ``"visited"``."""
+    """A stream by name: ``"iid"``, ``"visited"`` or ``"uncertain"``."""
     if isinstance(stream, SampleStream):
         return stream
-    named: dict[str, type[IidStream] | type[VisitedStream]] = {"iid": IidStream, "visited": VisitedStream}
+    named: dict[str, Callable[[], SampleStream]] = {
+        "iid": IidStream,
+        "visited": VisitedStream,
+        "uncertain": UncertainStream,
+    }
     if stream not in named:
-        raise ValueError(f"stream is {stream!r}; choose 'iid', 'visited', or pass a SampleStream")
+        raise ValueError(f"stream is {stream!r}; choose 'iid', 'visited', 'uncertain', or pass a SampleStream")
     return named[stream]()

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
 MAX_JOINT_ROWS = 32
 _LARGEST_ROW_RANK = 4
+# Predicted one by one in machine code; more of them share the reading of the covariance.
+_FEW_ROWS = 16
 # A variance counts as what is left of it after rounding, so that a downdate to nothing is refused, not left below 0.
 _KEPT = 1.0 - 8.0 * torch.finfo(torch.float64).eps
 _SIGNS = {sign: np.array([sign]) for sign in (-1.0, 1.0)}
@@ -154,6 +156,10 @@ def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
 
 def predict_logits(state: HeadState, features: Tensor, chunk: int = 128) -> Gaussian:
     """Distribution of the logits of each row on its own: mean ``(N, o)`` and covariance ``(N, o, o)``."""
+    if 0 < len(features) <= _FEW_ROWS and state.engine is not None and state.engine.propagates:
+        passes = [state.engine.propagate(row)[:2] for row in features.numpy()]
+        means, covs = (torch.from_numpy(np.stack(values)) for values in zip(*passes, strict=True))
+        return Gaussian(means, covs)
     parts = [propagate(state, part.unsqueeze(-2))[0] for part in features.split(chunk)]
     return Gaussian(torch.cat([part.mean for part in parts]), torch.cat([part.cov for part in parts]))
 

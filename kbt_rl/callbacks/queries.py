@@ -1,0 +1,109 @@
+"""When a label is worth asking for: rules that look at a sample before the expert is asked.
+
+An expert costs something: a person's attention, a slow solver, a measurement. A rule sees the contexts that a stream
+offers and the learner's own uncertainty about them, and says which rows to ask for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kbt_rl.agents.kbt import KBT
+from kbt_rl.agents.online import OnlineAlgorithm
+
+Mask = npt.NDArray[np.bool_]
+
+
+class QueryRule(ABC):
+    """Decides which rows of a sample are worth a label."""
+
+    def check(self, model: OnlineAlgorithm) -> None:  # noqa: B027
+        """Raise an error if this rule cannot serve the model; called before training starts."""
+
+    @abstractmethod
+    def wants(self, model: OnlineAlgorithm, features: Tensor) -> Mask:
+        """Rows to ask for, ``(n,)``, given the encoded contexts ``(n, width)``."""
+
+
+class Always(QueryRule):
+    """Every row."""
+
+    def wants(self, model: OnlineAlgorithm, features: Tensor) -> Mask:
+        """See ``QueryRule``."""
+        return np.ones(len(features), dtype=bool)
+
+
+class Random(QueryRule):
+    """Each row with a fixed probability; draws from the model's stream generator, so that a saved model resumes.
+
+    Args:
+        probability: Of asking, in (0, 1].
+    """
+
+    def __init__(self, probability: float) -> None:
+        if not 0.0 < probability <= 1.0:
+            raise ValueError(f"probability is {probability}; it must lie in (0, 1]")
+        self.probability = probability
+
+    def wants(self, model: OnlineAlgorithm, features: Tensor) -> Mask:
+        """See ``QueryRule``."""
+        mask: Mask = model.stream_rng.random(len(features)) < self.probability
+        return mask
+
+
+class VarianceGate(QueryRule):
+    """Rows whose epistemic variance exceeds a multiple of the label noise: where a label still tells something.
+
+    Args:
+        threshold: Epistemic over noise variance, averaged over the outputs, from which to ask. At 1 a label and the
+            posterior are equally good; below 0.1 a label changes the prediction by less than a tenth of its error.
+    """
+
+    def __init__(self, threshold: float = 1.0) -> None:
+        if not 0.0 <= threshold < float("inf"):
+            raise ValueError(f"threshold is {threshold}; it is a variance ratio, finite and not negative")
+        self.threshold = threshold
+
+    def check(self, model: OnlineAlgorithm) -> None:
+        """Only a posterior has an epistemic variance, and only noise a unit for it."""
+        noise_variance(model)
+
+    def wants(self, model: OnlineAlgorithm, features: Tensor) -> Mask:
+        """See ``QueryRule``."""
+        mask: Mask = epistemic_variance(model, features) > self.threshold * noise_variance(model)
+        return mask
+
+
+def epistemic_variance(model: OnlineAlgorithm, features: Tensor) -> npt.NDArray[Any]:
+    """Average epistemic variance of the outputs in the head's own units, ``(n,)``.
+
+    Raises:
+        TypeError: The model has no posterior.
+    """
+    cov = _head_of(model).predict_logits(features).cov
+    variance: npt.NDArray[Any] = cov.diagonal(dim1=-2, dim2=-1).mean(-1).cpu().numpy()
+    return variance
+
+
+def noise_variance(model: OnlineAlgorithm) -> float:
+    """Average noise variance of the outputs in the head's own units.
+
+    Raises:
+        TypeError: The model has no posterior.
+        ValueError: The noise variance is 0.
+    """
+    variance = float(_head_of(model).noise_cov.diagonal().mean())
+    if not variance > 0.0:
+        raise ValueError("the head's noise variance is 0, so nothing is small beside it; set_noise to what labels have")
+    return variance
+
+
+def _head_of(model: OnlineAlgorithm) -> Any:
+    if not isinstance(model, KBT):
+        raise TypeError(f"{type(model).__name__} has no posterior to ask; variance-based queries need KBT")
+    return model.policy.head

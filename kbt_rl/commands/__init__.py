@@ -1,0 +1,1 @@
+"""The subcommands of ``kbt-rl`` that are studies of their own."""

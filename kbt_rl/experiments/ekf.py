@@ -1,0 +1,62 @@
+"""The extended Kalman filter on the same head: Jacobian at the mean weights instead of moments; a rival.
+
+It has the head's prior and its joint covariance, but linearises the network where the closed form propagates means and
+variances, and acts with the network at the mean weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kbt_rl.inference.acting import ActingView
+from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.update import UpdateInfo
+
+Array = npt.NDArray[Any]
+
+
+class EKFHead(BayesianHead):
+    """A two-layer head with joint covariance and one output that learns by the extended Kalman filter.
+
+    The covariance is held as one full matrix beside the buffers, which keep the prior.
+    """
+
+    _full: Array | None = None
+
+    @torch.no_grad()
+    def update(self, features: Tensor | Array, target: Tensor | Array) -> UpdateInfo:
+        """Condition on one labelled row; see ``BayesianHead.update``."""
+        rows, labels = self._checked(features, target)
+        if len(rows) != 1 or len(self.spec.shapes) != 2 or self.out_features != 1 or self.spec.structure != "joint":
+            raise ValueError("this filter takes one row, two layers, one output and the structure joint")
+        if self._full is None:
+            self._full = self.state.dense_cov().numpy()
+        jacobian, output = self._linearised(rows[0])
+        projected = self._full @ jacobian
+        epistemic, noise = float(jacobian @ projected), float(self.noise_cov[0, 0])
+        predictive = epistemic + noise
+        innovation = float(labels[0, 0]) - output
+        self.mean += torch.from_numpy(projected * (innovation / predictive))
+        self._full -= np.outer(projected, projected / predictive)
+        smallest = float(self._full.diagonal().min())
+        return UpdateInfo(abs(innovation), innovation**2 / predictive, epistemic, predictive, smallest, 1)
+
+    def _linearised(self, row: Array) -> tuple[Array, float]:
+        """Gradient of the output with respect to all weights, ``(P,)``, and the output, both at the mean weights."""
+        first, last = (weight.numpy() for weight in self.state.weights)
+        inputs = np.append(row, 1.0)
+        logits = first @ inputs
+        hidden = np.append(np.maximum(logits, 0.0), 1.0)
+        slopes = last[0, :-1] * (logits > 0.0)
+        return np.concatenate([np.outer(slopes, inputs).ravel(), hidden]), float(last[0] @ hidden)
+
+    def view(self) -> ActingView:
+        """The network at the mean weights: no variance in the hidden units."""
+        first, last = (weight.clone() for weight in self.state.weights)
+        n, k = first.shape
+        return ActingView((first, last), torch.zeros(k * (k + 1) // 2, n, dtype=torch.float64))
