@@ -15,6 +15,8 @@ import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
+from kbt_rl.commands.rescue import Rescue
+
 if TYPE_CHECKING:
     from stable_baselines3.common.monitor import Monitor
 
@@ -251,6 +253,7 @@ Command = (
     | Annotated[Adapt, subcommand("adapt")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Render, subcommand("render")]
+    | Annotated[Rescue, subcommand("rescue")]
 )
 
 

@@ -48,8 +48,8 @@ class RuleTrial:
     pretrain_seed: int
     seed: int
     episodes: int = 1
-    learners: int = 10
-    starts: int = 10
+    learners: int = 5
+    starts: int = 20
     budget: int = 10_000
     pool: int = 32
 
@@ -60,8 +60,7 @@ def run_rule(trial: RuleTrial, pretrained: KBT) -> dict[str, Any]:
     rng, fresh = np.random.default_rng([trial.seed, 13]), starts(trial.seed + 250_000, trial.learners * trial.starts)
     fresh = fresh.reshape(trial.learners, trial.starts, 4)
     begin = starts(trial.seed + 125_000, trial.learners * 200).reshape(trial.learners, 200, 4)
-    falls = 0
-    used: npt.NDArray[np.int64] = np.zeros(trial.learners, dtype=np.int64)
+    falls, used = 0, np.zeros(trial.learners)
     record: dict[str, Any] = {"labels": [], "score": [], "scores": [], "falls": []}
     which = np.zeros(trial.learners, dtype=int)
     for _ in range(trial.episodes):
@@ -85,14 +84,13 @@ def run_rule(trial: RuleTrial, pretrained: KBT) -> dict[str, Any]:
     return record
 
 
-def learn_where_asked(fleet: Fleet, asked: FloatArray) -> npt.NDArray[np.int64]:
+def learn_where_asked(fleet: Fleet, asked: FloatArray) -> FloatArray:
     """Label the states that are not NaN, ``(n, 4)``, and learn; returns the labels used by each learner."""
     present = ~np.isnan(asked).any(axis=1)
     if present.any():
         forces = np.where(present, expert_force(SHIFTED)(np.nan_to_num(asked)), np.nan)
         fleet.learn(asked, forces)
-    used: npt.NDArray[np.int64] = present.astype(np.int64)
-    return used
+    return present.astype(np.float64)
 
 
 def _where(trial: RuleTrial, fleet: Fleet, state: FloatArray, step: int, rng: np.random.Generator) -> FloatArray:

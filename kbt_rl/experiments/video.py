@@ -54,12 +54,17 @@ def render_policies(
     state = check_start({"state": start}, (4,))
     assert state is not None
     _need("pygame")
-    write = _write_gif if path.suffix == ".gif" else _write_mp4
     runs = [_Run(name, force, params, state) for name, force in policies.items()]
+    return write_video(_frames(runs, round(seconds / DT)), path, _FRAME_SECONDS)
+
+
+def write_video(frames: Iterator[Frame], path: Path, frame_seconds: float) -> Path:
+    """Write pictures ``(H, W, 3)`` as a gif or mp4, by the ending; beside and renamed. Returns ``path``."""
+    write = _write_gif if path.suffix == ".gif" else _write_mp4
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        write(_frames(runs, round(seconds / DT)), beside)
+        write(frames, beside, frame_seconds)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -113,7 +118,7 @@ def _side_by_side(panes: list[Frame]) -> Frame:
     return np.concatenate(panes, axis=1)
 
 
-def _write_gif(frames: Iterator[Frame], path: Path) -> None:
+def _write_gif(frames: Iterator[Frame], path: Path, frame_seconds: float) -> None:
     """By Pillow, with the colours of each frame found by an octree: a quarter of the time and half of the size."""
     from PIL import Image
 
@@ -123,12 +128,12 @@ def _write_gif(frames: Iterator[Frame], path: Path) -> None:
 
     images = map(few_colors, frames)
     first = next(images)
-    first.save(path, save_all=True, append_images=images, duration=round(1e3 * _FRAME_SECONDS), loop=0)
+    first.save(path, save_all=True, append_images=images, duration=round(1e3 * frame_seconds), loop=0)
 
 
-def _write_mp4(frames: Iterator[Frame], path: Path) -> None:
+def _write_mp4(frames: Iterator[Frame], path: Path, frame_seconds: float) -> None:
     imageio = _need("imageio.v2")
     _need("imageio_ffmpeg")
-    with imageio.get_writer(path, fps=1.0 / _FRAME_SECONDS) as writer:
+    with imageio.get_writer(path, fps=1.0 / frame_seconds) as writer:
         for frame in frames:
             writer.append_data(frame)
