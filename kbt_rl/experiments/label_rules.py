@@ -86,7 +86,7 @@ def run_rule(trial: RuleTrial, pretrained: KBT) -> dict[str, Any]:
 
 def learn_where_asked(fleet: Fleet, asked: FloatArray) -> FloatArray:
     """Label the states that are not NaN, ``(n, 4)``, and learn; returns the labels used by each learner."""
-    present = ~np.isnan(asked).any(axis=1)
+    present: npt.NDArray[np.bool_] = np.isfinite(asked[:, 0])
     if present.any():
         forces = np.where(present, expert_force(SHIFTED)(np.nan_to_num(asked)), np.nan)
         fleet.learn(asked, forces)
