@@ -20,7 +20,7 @@ from kbt_rl.experiments.aggregate import estimate
 from kbt_rl.experiments.config import PRETRAINING, Method, digest, tuned, warm_start_method
 from kbt_rl.experiments.label_rules import RuleTrial, run_rule
 from kbt_rl.experiments.learners import pretrain
-from kbt_rl.experiments.plot_style import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILION, legend_below, new_figure, style
+from kbt_rl.experiments.plot_style import BLUE, INK, ORANGE, VERMILION, legend_below, new_figure, style
 from kbt_rl.experiments.rescue import Labelling, RescueTrial, run_rescue
 from kbt_rl.experiments.runner import versions, write_json
 from kbt_rl.experiments.tables import write_rows
@@ -77,9 +77,11 @@ class RuleRow(NamedTuple):
     falls: int
 
 
-def rescue_methods(quick: bool) -> list[Method]:
-    """The learners and those that need no learning."""
-    warm = [] if quick else [warm_start_method(20, tuned()["learning_rate"]["20"])]
+def rescue_methods(labels: int, quick: bool) -> list[Method]:
+    """The learners and those that need no learning; warm start trains at least once on what it gets."""
+    memory = min(20, labels)
+    rate = tuned()["learning_rate"]["20" if memory == 20 else "10"]
+    warm = [] if quick else [replace(warm_start_method(memory, rate), name="warm start")]
     return [NOISE_FREE, DEFAULTS, LINEAR, EKF, *warm, HOLD, PRETRAINED, EXPERT]
 
 
@@ -90,7 +92,7 @@ def rescue_plan(seed: int, quick: bool) -> list[RescueTrial]:
         RescueTrial(method, labelling, s, s, count)
         for s in seeds
         for labelling in LABELLINGS
-        for method in rescue_methods(quick)
+        for method in rescue_methods(labelling.budget, quick)
     ]
 
 
@@ -192,7 +194,3 @@ def draw_rules(rows: Sequence[RuleRow]) -> Figure:
     panel.set(title="What a label is worth: the policy alone from fresh starts, after one labelled episode")
     legend_below(figure, panel, columns=2)
     return figure
-
-
-#: Colours of the panes of the video, for whoever draws beside it.
-PANE_COLORS = {"KBT": VERMILION, "warm start 20": PURPLE, "pre-trained": GREEN}
