@@ -26,7 +26,6 @@ from kbt_rl.experiments.config import KBT_METHOD, PRETRAINING, digest
 from kbt_rl.experiments.learners import NOMINAL_ID, batch_force, build, features_of, pretrain
 from kbt_rl.experiments.runner import versions, write_json
 from kbt_rl.experiments.simulation import EPISODE_STEPS, simulate, starts
-from kbt_rl.experiments.tables import write_rows
 from kbt_rl.inference.acting import stack_views, view_mean
 from kbt_rl.inference.head import BayesianHead
 
@@ -34,6 +33,10 @@ FloatArray = npt.NDArray[np.float64]
 Labels = Literal["iid", "visited", "both", "none"]
 SHIFTED_ID = "kbt_rl/ShiftedInvertedPendulum-v0"
 _TEST_SEED_OFFSET = 700_000
+#: Methods as tables and legends name them.
+IDENTIFIED_IID, IDENTIFIED_VISITED = "identified, i.i.d. labels", "identified, labels at visited states"
+ORACLE_IID, ORACLE_VISITED = "oracle, i.i.d. labels", "oracle, labels at visited states"
+PRETRAINED, EXPERT_ACTS = "pre-trained, no labels", "identified LQR acts itself"
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,14 @@ class NoOracleConfig:
         pretrain_seed: Seed of the pre-trained policy.
         seed: Seed of starts and labels.
         learners: Starts of the first episode, one learner each.
+        continued: How many of them, the first, go on to further episodes.
         tests: Fresh starts of a test.
         checkpoints: Episodes after which to test.
         steps: Length of an episode.
         pretraining: How the policy was pre-trained.
     """
 
-    name: str = "identified, i.i.d."
+    name: str = "identified, i.i.d. labels"
     labels: Labels = "iid"
     oracle: bool = False
     expert_acts: bool = False
@@ -63,6 +67,7 @@ class NoOracleConfig:
     pretrain_seed: int = 1000
     seed: int = 1000
     learners: int = 50
+    continued: int = 10
     tests: int = 100
     checkpoints: tuple[int, ...] = (1, 5)
     steps: int = EPISODE_STEPS
@@ -162,26 +167,22 @@ def run_study(config: NoOracleConfig, models: Path | None = None) -> Study:
     stayed = np.ones(config.learners, dtype=bool)
     for episode in range(1, max(config.checkpoints) + 1):
         first = episode == 1
-        upright, success = _episode(config, learners, experts, starts(seed + episode, config.learners), rng,
-                                    curve if first else None)  # fmt: skip
+        if not first:
+            experts = experts[: config.continued]
+            learners.heads = learners.heads[: config.continued]
+        initial = starts(seed + episode, config.learners)[: len(experts)]
+        upright, success = _episode(config, learners, experts, initial, rng, curve if first else None)
         stayed = upright if first else stayed
         if episode in config.checkpoints:
-            scores = [None] * config.learners if config.expert_acts else learners.scores(tests).tolist()
-            errors = _gain_errors(experts)
-            rows += [
-                LearnerRow(
-                    config.name,
-                    config.pretrain_seed,
-                    i,
-                    episode,
-                    bool(stayed[i]),
-                    bool(success[i]),
-                    scores[i],
-                    float(errors[i]),
-                    getattr(experts[i], "fallbacks", 0),
+            scores = [None] * len(experts) if config.expert_acts else learners.scores(tests).tolist()
+            outcomes = zip(
+                stayed.tolist(), success.tolist(), scores, _gain_errors(experts).tolist(), experts, strict=False
+            )
+            for i, (no_fall, succeeded, score, error, expert) in enumerate(outcomes):
+                kept = getattr(expert, "fallbacks", 0)
+                rows.append(
+                    LearnerRow(config.name, config.pretrain_seed, i, episode, no_fall, succeeded, score, error, kept)
                 )
-                for i in range(config.learners)
-            ]
     return Study(rows, curve)
 
 
@@ -224,7 +225,7 @@ def _episode(
         force = np.clip(force, -SHIFTED.max_force, SHIFTED.max_force)
         state = np.where(upright[:, None], rk4_step(state, force, SHIFTED), state)
         arrived = state.astype(np.float32)
-        if not config.oracle:
+        if not config.oracle and (config.expert_acts or config.labels != "none"):
             for i in alive.tolist():
                 expert = experts[i]
                 assert isinstance(expert, SelfTuningLQR)
@@ -264,19 +265,26 @@ def _teach(
 
 
 def study_plan(*, seed: int = 1000, quick: bool = False, policies: int = 2) -> list[NoOracleConfig]:
-    """Every configuration: identifying experts, then the oracle, no labels, and the identified LQR acting itself."""
-    size: dict[str, Any] = {"learners": 4, "tests": 10, "checkpoints": (1,)} if quick else {}
+    """Every configuration: the identifying expert with either kind of labels, then the baselines.
+
+    Args:
+        seed: First pre-training seed, and that of starts and labels; at least 1000 for reported figures.
+        quick: One policy, few learners, one episode; for a look.
+        policies: Pre-trained policies.
+    """
+    few = {"learners": 10}
+    once = {"checkpoints": (1,)}
     methods: list[dict[str, Any]] = [
-        {"name": "identified, i.i.d. labels", "labels": "iid"},
-        {"name": "identified, visited states", "labels": "visited"},
-        {"name": "identified, both", "labels": "both"},
-        {"name": "oracle, i.i.d. labels", "labels": "iid", "oracle": True},
-        {"name": "oracle, visited states", "labels": "visited", "oracle": True},
-        {"name": "pre-trained, no labels", "labels": "none"},
-        {"name": "identified LQR acts", "labels": "none", "expert_acts": True},
+        {"name": IDENTIFIED_IID, "labels": "iid"},
+        {"name": IDENTIFIED_VISITED, "labels": "visited"},
+        {"name": PRETRAINED, "labels": "none", **once},
+        {"name": EXPERT_ACTS, "labels": "none", "expert_acts": True, **once},
+        {"name": ORACLE_IID, "labels": "iid", "oracle": True, **few},
+        {"name": ORACLE_VISITED, "labels": "visited", "oracle": True, **few},
     ]
+    size: dict[str, Any] = {"learners": 3, "tests": 10, **once} if quick else {}
     return [
-        NoOracleConfig(**method, pretrain_seed=seed + p, seed=seed, **size)
+        NoOracleConfig(**{**method, **size}, pretrain_seed=seed + p, seed=seed)
         for method in methods
         for p in range(1 if quick else policies)
     ]
@@ -290,12 +298,3 @@ def perform(config: NoOracleConfig, out: Path) -> Path:
         rows = {"learners": [row._asdict() for row in study.learners], "curve": [row._asdict() for row in study.curve]}
         write_json({"config": asdict(config), **rows, "versions": versions()}, path)
     return path
-
-
-def write_study(study: Study, out: Path) -> list[Path]:
-    """Write the rows of all configurations as CSV."""
-    paths = [out / "no_oracle.csv", out / "no_oracle_gain.csv"]
-    write_rows(paths[0], study.learners)
-    if study.curve:
-        write_rows(paths[1], study.curve)
-    return paths
