@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kbt_rl.inference.errors import NotPositiveDefiniteError
+from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.robust import StudentNoise
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ class NoiseModel:
 
         Raises:
             NotPositiveDefiniteError: The noise covariance is singular.
+            UpdateError: An error is too large to be squared.
         """
         rows, o = error.shape
         own = [cov[b * o : (b + 1) * o, b * o : (b + 1) * o] for b in range(rows)]
@@ -165,7 +166,13 @@ class NoiseModel:
         big = np.kron(np.eye(rows), whitener)
         white, epistemic = error @ whitener.T, big @ cov @ big.T
         share = np.linalg.inv(epistemic + np.eye(rows * o))
-        nis = float(white.ravel() @ share @ white.ravel())
+        with np.errstate(over="ignore", invalid="ignore"):
+            nis = float(white.ravel() @ share @ white.ravel())
+        if not math.isfinite(nis):
+            raise UpdateError(
+                f"the update is not finite (NIS {nis}); the posterior is unchanged. Check features and target for huge "
+                "values."
+            )
         after, used = estimate, estimate.cov
         if self.learned:
             if self.student is not None:
@@ -177,7 +184,7 @@ class NoiseModel:
             after = NoiseEstimate(self._above_floor(root @ learned @ root.T), labels)
             used = estimate.cov if self.statistic == "innovation" else after.cov
         if self.student is None:
-            return Judgement(np.broadcast_to(used, (rows, o, o)), 1.0, nis, after)
+            return Judgement(np.stack([used] * rows), 1.0, nis, after)
         judged = [self.student.inflated(used, error[b], block) for b, block in enumerate(own)]
         noise = np.stack([inflated for inflated, _ in judged])
         return Judgement(noise, sum(weight for _, weight in judged) / rows, nis, after)

@@ -23,7 +23,7 @@ Array = npt.NDArray[np.float64]
 
 # Nodes of log tau. The trapezoid rule on a smooth density is all but exact at this step, and e^-40 leaves room for an
 # error of 10^8 standard deviations.
-_LOG_PRECISIONS = np.arange(-40.0, 4.0, 0.5)
+_LOG_PRECISIONS = np.arange(-40.0, 4.0, 0.25)
 
 
 @dataclass(frozen=True)
