@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
-from kbt_rl.inference.robust import StudentNoise
+from kbt_rl.inference.robust import Site, StudentNoise
 
 if TYPE_CHECKING:
     from kbt_rl.inference.config import HeadConfig
@@ -54,13 +54,15 @@ class Judgement(NamedTuple):
     """What a noise model makes of labelled rows.
 
     Attributes:
-        noise_cov: Noise covariance to condition each row with, ``(B, o, o)``.
+        mean_step: ``dm`` of ``output.Conditioning``, ``(B o,)``.
+        cov_factor: ``F`` with ``dC = -F F'``, ``(B o, B o)``.
         weight: Average label weight: about 1 for ordinary labels, near 0 for wild ones.
         nis: Normalised innovation squared under the noise as it was before these labels.
         estimate: What the noise is thought to be after these labels.
     """
 
-    noise_cov: Array
+    mean_step: Array
+    cov_factor: Array
     weight: float
     nis: float
     estimate: NoiseEstimate
@@ -103,7 +105,7 @@ class NoiseModel:
 
     def judge_scalar(
         self, error: float, variance: float, noise: float, labels: float
-    ) -> tuple[float, float, float, float]:
+    ) -> tuple[float, float, float, float, float]:
         """``judge`` for one row and one output, in plain floats.
 
         Args:
@@ -113,7 +115,7 @@ class NoiseModel:
             labels: Information that it rests on.
 
         Returns:
-            Noise variance to condition with, the label's weight, and the noise and its information after the label.
+            ``dm``, the information ``-dC``, the label's weight, and the noise and its information after the label.
         """
         if not noise > 0.0:
             raise NotPositiveDefiniteError("label noise variance", noise)
@@ -126,10 +128,11 @@ class NoiseModel:
             learned, labels = learn(square, variance, noise, labels)
             used = noise if self.statistic == "innovation" else learned
         if self.student is None:
-            return used, 1.0, learned, labels
-        white, epistemic = np.array([error / math.sqrt(used)]), np.array([variance / used])
-        factor = float(self.student.inflation(white, epistemic)[0])
-        return used * factor, 1.0 / factor, learned, labels
+            info = 1.0 / (variance + used)
+            return info * error, info, 1.0, learned, labels
+        move, info = self.student.scalar(error, variance, used)
+        # The precision that alone gives this information, over that of an ordinary label.
+        return move, info, used * info / (1.0 - variance * info), learned, labels
 
     def _innovation_scalar(self, square: float, variance: float, noise: float, labels: float) -> tuple[float, float]:
         share = noise / (variance + noise)
@@ -183,11 +186,27 @@ class NoiseModel:
             learned, labels = learn(white, epistemic, share, estimate.labels)
             after = NoiseEstimate(self._above_floor(root @ learned @ root.T), labels)
             used = estimate.cov if self.statistic == "innovation" else after.cov
+        return Judgement(*self._condition(error, cov, used, own), nis, after)
+
+    def _condition(self, error: Array, cov: Array, noise: Array, own: list[Array]) -> tuple[Array, Array, float]:
+        """``dm``, ``F`` and the average weight of labels whose ordinary noise is ``noise``.
+
+        With the precision ``P = T T'`` and the shift ``h`` of the labels, block-diagonal over the rows,
+        ``dC = -T (1 + T' S T)^-1 T'`` and ``dm = (1 + P S)^-1 h``; nothing but ``1 + T' S T`` is inverted.
+        """
+        rows, o = error.shape
         if self.student is None:
-            return Judgement(np.stack([used] * rows), 1.0, nis, after)
-        judged = [self.student.inflated(used, error[b], block) for b, block in enumerate(own)]
-        noise = np.stack([inflated for inflated, _ in judged])
-        return Judgement(noise, sum(weight for _, weight in judged) / rows, nis, after)
+            whitener = np.linalg.inv(_cholesky(noise))
+            sites = [Site(whitener.T, whitener.T @ (whitener @ row), 1.0) for row in error]
+        else:
+            sites = [self.student.site(error[b], block, noise) for b, block in enumerate(own)]
+        root = np.zeros((rows * o, rows * o))
+        for b, site in enumerate(sites):
+            root[b * o : (b + 1) * o, b * o : (b + 1) * o] = site.root
+        shift = np.concatenate([site.shift for site in sites])
+        inner = _cholesky(np.eye(rows * o) + root.T @ cov @ root)
+        factor = np.linalg.solve(inner, root.T).T
+        return shift - factor @ (factor.T @ (cov @ shift)), factor, sum(site.weight for site in sites) / rows
 
     def _innovation(self, white: Array, cov: Array, share: Array, labels: float) -> tuple[Array, float]:
         """The estimate after these labels in units of the one before, and its information."""

@@ -38,10 +38,7 @@ class Conditioning(NamedTuple):
 
 
 class OutputRule(NamedTuple):
-    """A link and the function that conditions on the target of rows ``(B, o)`` with noise covariance ``(o, o)``.
-
-    Rows may have a noise covariance each, ``(B, o, o)``.
-    """
+    """A link and the function that conditions on the target of rows ``(B, o)`` with noise covariance ``(o, o)``."""
 
     link: Link
     condition: Callable[[Gaussian, Tensor, Tensor], Conditioning]
@@ -138,10 +135,7 @@ RULES: dict[str, OutputRule] = {
 
 
 def _per_row(cov: Tensor, rows: int) -> Tensor:
-    """``I_B (x) R``, or the block-diagonal matrix of a covariance ``(B, o, o)`` that each row has of its own."""
-    if cov.ndim == 3:
-        own: Tensor = torch.block_diag(*cov)
-        return own
+    """``I_B (x) R``."""
     return cov if rows == 1 else torch.block_diag(*([cov] * rows))
 
 

@@ -2,12 +2,14 @@
 
 The noise of a label is Gaussian with covariance ``R / tau``, where the precision factor ``tau`` of that label is
 unknown and Gamma distributed with shape and rate ``dof / 2``: together Student's t distribution. Given the
-one-step-ahead error, ``tau`` has a one-dimensional posterior, which is summed over fixed nodes of its logarithm. The
-label is then conditioned with one Gaussian noise, larger than ``R`` where the label is implausible. That noise is the
-one whose gain is the posterior mean of the gain, so that the mean of the head moves as under the exact mixture.
+one-step-ahead error ``e``, ``tau`` has a one-dimensional posterior, which is summed over fixed nodes of its logarithm.
+With ``a = (S + R / tau)^-1`` the exact posterior mean and covariance of the output follow from
 
-The Gaussian that is left drops one term of the exact second moment, the variance of the gain times the squared error,
-which would widen the posterior where it is undecided whether a label is wild.
+    dm = E[a] e,        dC = -E[a] + Cov[a e]
+
+(the first two derivatives of the log evidence by the mean). ``dC`` is not negative semi-definite where it is undecided
+whether a label is wild: the exact posterior is then wider than the prior. Such directions count as no information here,
+so that a label never takes away what others have given; the mean moves exactly as it should.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +27,17 @@ Array = npt.NDArray[np.float64]
 # Nodes of log tau. The trapezoid rule on a smooth density is all but exact at this step, and e^-40 leaves room for an
 # error of 10^8 standard deviations.
 _LOG_PRECISIONS = np.arange(-40.0, 4.0, 0.25)
+
+
+class Site(NamedTuple):
+    """A Gaussian factor on one label's output: precision ``T T'``, shift ``h``, and the label's weight.
+
+    The weight is its precision over that of an ordinary label.
+    """
+
+    root: Array
+    shift: Array
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -38,40 +52,54 @@ class StudentNoise:
     dof: float
     outputs: int
 
-    def inflation(self, white: Array, variances: Array) -> Array:
-        """By what factor the noise of a label is larger than ordinary, for each of its uncorrelated entries.
-
-        Args:
-            white: Errors in standard deviations of the noise, ``(o,)``.
-            variances: Epistemic variances in units of the noise, ``(o,)``.
-
-        Returns:
-            ``E[a / tau] / E[a]`` with ``a = (S + 1 / tau)^-1``, ``(o,)``; it is ``1 / E[tau]`` for ``S = 0``.
-        """
+    def scalar(self, error: float, variance: float, noise: float) -> tuple[float, float]:
+        """``dm`` and the information ``-dC``, not below 0, for one label with one entry."""
         log_prior, spreads = self._nodes
-        total = variances + spreads
-        log_posterior = log_prior - 0.5 * (np.log(total) + white * white / total).sum(-1)
-        weights = np.exp(log_posterior - log_posterior.max())
-        gains = weights[:, None] / total
-        factor: Array = (gains * spreads).sum(0) / gains.sum(0)
-        return factor
+        total = variance + noise * spreads
+        gains = self._posterior(log_prior - 0.5 * (np.log(total) + error * error / total)) / total
+        gain = float(gains.sum())
+        spread = float(gains @ (1.0 / total)) - gain * gain
+        return gain * error, max(gain - spread * error * error, 0.0)
 
-    def inflated(self, noise_cov: Array, error: Array, cov: Array) -> tuple[Array, float]:
-        """Noise covariance to condition one label with, ``(o, o)``, and its weight: 1 or more if it is ordinary.
+    def site(self, error: Array, cov: Array, noise_cov: Array) -> Site:
+        """The Gaussian that stands for one label among the rows of a joint update.
+
+        Its precision ``P`` and shift ``h`` give ``dm`` and ``dC`` of the module if the label is conditioned on alone:
+        ``P = I_ (1 - S I_)^-1`` for the information ``I_ = -dC``, and ``h = (1 + P S) dm``.
 
         Args:
-            noise_cov: Ordinary noise ``R``, positive definite, ``(o, o)``.
             error: Label minus prediction, ``(o,)``.
-            cov: Epistemic covariance of the prediction, ``(o, o)``.
+            cov: Epistemic covariance ``S`` of the prediction, ``(o, o)``.
+            noise_cov: Ordinary noise ``R``, positive definite, ``(o, o)``.
         """
+        # In coordinates in which R = 1 and S is diagonal.
         root = np.linalg.cholesky(noise_cov)
         whitener = np.linalg.inv(root)
         variances, axes = np.linalg.eigh(whitener @ cov @ whitener.T)
         variances = np.maximum(variances, 0.0)  # a positive semi-definite matrix up to rounding
-        factors = self.inflation(axes.T @ (whitener @ error), variances)
-        half = root @ axes
-        inflated: Array = (half * factors) @ half.T
-        return inflated, self.outputs / float(factors.sum())
+        to_label = whitener.T @ axes
+        along = to_label.T @ error
+        log_prior, spreads = self._nodes
+        total = variances + spreads[:, None]
+        share = self._posterior(log_prior - 0.5 * (np.log(total) + along * along / total).sum(-1))[:, None]
+        gains = share / total
+        gain = gains.sum(0)
+        moves = (1.0 / total - gain) * along
+        info = np.diag(gain) - moves.T @ (share * moves)
+        values, vectors = np.linalg.eigh(info)
+        half = vectors * np.sqrt(np.maximum(values, 0.0))
+        # P = H (1 - H' S H)^-1 H' for I_ = H H'.
+        inner = np.eye(len(half)) - half.T @ (variances[:, None] * half)
+        white_root = half @ np.linalg.inv(np.linalg.cholesky(inner)).T
+        precision = white_root @ white_root.T
+        shift = gain * along + precision @ (variances * gain * along)
+        # The precision of an ordinary label is 1 in these coordinates.
+        return Site(to_label @ white_root, to_label @ shift, float(np.trace(precision)) / self.outputs)
+
+    @staticmethod
+    def _posterior(log_weights: Array) -> Array:
+        weights: Array = np.exp(log_weights - log_weights.max())
+        return np.asarray(weights / weights.sum())
 
     def clip(self, square: float) -> float:
         """Factor on a label's squared error where the noise is learned: Student's weight over its Gaussian mean.
@@ -86,8 +114,8 @@ class StudentNoise:
 
     @cached_property
     def _nodes(self) -> tuple[Array, Array]:
-        """Logarithm of the density of ``log tau`` up to a constant ``(nodes,)``, and ``1 / tau`` ``(nodes, 1)``."""
-        return 0.5 * self.dof * (_LOG_PRECISIONS - np.exp(_LOG_PRECISIONS)), np.exp(-_LOG_PRECISIONS)[:, None]
+        """Logarithm of the density of ``log tau`` up to a constant, and ``1 / tau``, each ``(nodes,)``."""
+        return 0.5 * self.dof * (_LOG_PRECISIONS - np.exp(_LOG_PRECISIONS)), np.exp(-_LOG_PRECISIONS)
 
     @cached_property
     def _gaussian_mean(self) -> float:

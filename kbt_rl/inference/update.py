@@ -198,7 +198,7 @@ def increment(
         return row_step(engine, features[0].numpy(), target.numpy(), rule, noise_cov, belief).as_increment()
     output, cross_cov = propagate(state, features)
     judged = None if belief is None else _judge(output, target, belief)
-    step = rule.condition(output, target, noise_cov if judged is None else torch.as_tensor(judged.noise_cov).to(target))
+    step = rule.condition(output, target, noise_cov) if judged is None else _conditioning(output, target, judged)
     # One pass over the cross-covariance for the mean and the covariance.
     moves = cross_cov @ torch.cat([step.mean_step.unsqueeze(-1), step.cov_factor], dim=-1)
     mean_step, factor = moves[:, 0], moves[:, 1:]
@@ -213,6 +213,14 @@ def _judge(output: Gaussian, target: Tensor, belief: NoiseBelief) -> Judgement:
     """What the noise model makes of the target, before anything is conditioned on it."""
     error = (target - output.mean.view_as(target)).cpu().numpy()
     return belief.model.judge(error, output.cov.cpu().numpy(), belief.estimate)
+
+
+def _conditioning(output: Gaussian, target: Tensor, judged: Judgement) -> Conditioning:
+    """A judgement in the form in which the output rules answer."""
+    mean_step, factor = (torch.from_numpy(array).to(target) for array in (judged.mean_step, judged.cov_factor))
+    innovation = target.flatten() - output.mean
+    nis = torch.tensor(judged.nis, dtype=target.dtype)
+    return Conditioning(mean_step, factor, -torch.ones_like(innovation), innovation, nis)
 
 
 class RowStep(NamedTuple):
@@ -248,7 +256,9 @@ def row_step(
     output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
     label_rows = torch.from_numpy(target)
     judged = None if belief is None else _judge(output, label_rows, belief)
-    step = rule.condition(output, label_rows, noise_cov if judged is None else torch.from_numpy(judged.noise_cov))
+    step = (
+        rule.condition(output, label_rows, noise_cov) if judged is None else _conditioning(output, label_rows, judged)
+    )
     factor = np.ascontiguousarray(step.cov_factor.numpy())
     moved, moves, total, smallest = engine.weight_step(row, step.mean_step.numpy(), factor, step.signs.numpy(), _KEPT)
     info = _describe(output, step, noise_cov, judged)._replace(smallest_variance=smallest)
@@ -274,13 +284,14 @@ def _judged_scalar_step(engine: RowEngine, row: RowPass, target: float, belief: 
     estimate = belief.estimate
     noise = float(estimate.cov[0, 0])
     error, variance = target - float(row[0][0]), float(row[1][0, 0])
-    used, weight, learned, labels = belief.model.judge_scalar(error, variance, noise, estimate.labels)
-    step = _scalar_step(engine, row, target, used, False)
-    # The record tells how surprising the label was before it was weighed.
+    move, gained, weight, learned, labels = belief.model.judge_scalar(error, variance, noise, estimate.labels)
+    signs = _SIGNS[-1.0]
+    factor = np.array([[math.sqrt(gained)]])
+    moved, moves, total, smallest = engine.weight_step(row, np.array([move]), factor, signs, _KEPT)
     predictive = variance + noise
-    info = step.info._replace(nis=error * error / predictive, predictive_variance=predictive, label_weight=weight)
-    _check(learned, info)
-    return step._replace(info=info, noise=NoiseEstimate(np.array([[learned]]), labels))
+    info = UpdateInfo(abs(error), error * error / predictive, variance, predictive, smallest, 1, weight)
+    _check(total + learned, info)
+    return RowStep(moved, moves, signs, info, NoiseEstimate(np.array([[learned]]), labels))
 
 
 def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, judged: Judgement | None) -> UpdateInfo:
@@ -289,7 +300,7 @@ def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, judged: J
     epistemic = float(output.cov.trace()) / labels
     return UpdateInfo(
         innovation=math.sqrt(float(step.innovation @ step.innovation) / labels),
-        nis=float(step.nis) if judged is None else judged.nis,
+        nis=float(step.nis),
         epistemic_variance=epistemic,
         predictive_variance=epistemic + float(noise_cov.trace()) / len(noise_cov),
         smallest_variance=math.nan,

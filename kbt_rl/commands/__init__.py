@@ -1,0 +1,1 @@
+"""Commands of ``kbt-rl``, one file each."""
