@@ -18,6 +18,7 @@ from kbt_rl.inference.acting import ActingView, acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.memory import Memory, prepare
 from kbt_rl.inference.moments import Gaussian, softmax_jacobian, softmax_moments
+from kbt_rl.inference.noise import NoiseModel
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.prior import prior_cov, prior_means
 from kbt_rl.inference.update import HeadState, Increment, UpdateInfo
@@ -59,6 +60,8 @@ class BayesianHead(nn.Module):
     feature_scale: Tensor
     target_scale: Tensor
     labels_seen: Tensor
+    noise_start_cov: Tensor
+    noise_labels: Tensor
 
     def __init__(self, in_features: int, out_features: int, config: HeadConfig | None = None) -> None:
         super().__init__()
@@ -78,7 +81,12 @@ class BayesianHead(nn.Module):
         self.register_buffer("feature_scale", torch.ones(in_features, dtype=torch.float64))
         self.register_buffer("target_scale", torch.ones(out_features, dtype=torch.float64))
         self.register_buffer("labels_seen", torch.zeros((), dtype=torch.int64))
-        self.noise_cov.diagonal().fill_(self.config.noise_variance)
+        self.noise_model = NoiseModel.of(self.config, out_features)
+        self.learns_noise = self.config.noise == "learned"
+        self.noise_cov.diagonal().fill_(self.config.noise_start if self.learns_noise else self.config.noise_variance)
+        if self.learns_noise:
+            self.register_buffer("noise_start_cov", self.noise_cov.clone())
+            self.register_buffer("noise_labels", torch.full((), self.config.noise_labels, dtype=torch.float64))
         prepare(self.spec.structure, len(self.spec.shapes))
         self.reset(torch.zeros(out_features, in_features), torch.zeros(out_features))
 
@@ -117,7 +125,10 @@ class BayesianHead(nn.Module):
         feature_scale: Tensor | None = None,
         target_scale: Tensor | None = None,
     ) -> None:
-        """Return to the prior that reproduces ``weight @ h + bias``; what was learned is forgotten."""
+        """Return to the prior that reproduces ``weight @ h + bias``; what was learned is forgotten.
+
+        A noise that was set stays; one that was learned starts again from what was set, or from the configuration.
+        """
         weight = _finite("weight", weight, (self.out_features, self.in_features), self.mean)
         bias = _finite("bias", bias, (self.out_features,), self.mean)
         centre = torch.zeros_like(self.feature_mean)
@@ -136,9 +147,18 @@ class BayesianHead(nn.Module):
         self.feature_scale.copy_(scale)
         self.target_scale.copy_(outputs)
         self.labels_seen.zero_()
+        if self.learns_noise:
+            self.noise_cov.copy_(self.noise_start_cov)
+            self.noise_labels.fill_(self.config.noise_labels)
 
     def set_noise(self, noise: float | Tensor) -> None:
-        """Set the label noise: one variance for all outputs, or a covariance ``(o, o)``, in squared target units."""
+        """Set the label noise: one variance for all outputs, or a covariance ``(o, o)``, in squared target units.
+
+        Where the noise is learned, learning starts again from here, with the trust of ``HeadConfig.noise_labels``.
+
+        Raises:
+            ValueError: Not symmetric, not finite, a negative variance, or a variance of 0 where it must be positive.
+        """
         noise_cov = torch.as_tensor(noise, dtype=torch.float64, device=self.mean.device)
         if noise_cov.ndim == 0:
             noise_cov = noise_cov * torch.eye(self.out_features, dtype=torch.float64, device=self.mean.device)
@@ -155,7 +175,15 @@ class BayesianHead(nn.Module):
         # The eigenvalues of a singular covariance come out negative by rounding.
         if not smallest >= -1e-12 * float(noise_cov.diagonal().max()):
             raise ValueError(f"the noise covariance has the eigenvalue {smallest:.3g}; variances are not negative")
+        if self.noise_model is not None and not smallest > 0.0:
+            raise ValueError(
+                f"the noise covariance has the eigenvalue {smallest:.3g}; a noise that is learned, or that labels are "
+                "weighed by, must be positive in every direction"
+            )
         self.noise_cov.copy_(noise_cov / self._target_square())
+        if self.learns_noise:
+            self.noise_start_cov.copy_(self.noise_cov)
+            self.noise_labels.fill_(self.config.noise_labels)
 
     @property
     def mean_square_scale(self) -> float:
@@ -220,13 +248,15 @@ class BayesianHead(nn.Module):
                 f"{len(rows)} rows in one joint update; at most {functional.MAX_JOINT_ROWS} (update() splits "
                 "longer batches into successive blocks)"
             )
+        memory = self._memory()
         return functional.increment(
-            self.state, torch.as_tensor(rows), torch.as_tensor(labels), self.rule, self.noise_cov
+            memory.state, torch.as_tensor(rows), torch.as_tensor(labels), self.rule, memory.noise_cov, memory.belief()
         )
 
     def apply_increment(self, step: Increment) -> None:
-        """Add an increment to the posterior, in place."""
+        """Add an increment to the posterior, in place, and take over what it makes of the noise."""
         functional.apply(self.state, step)
+        self._memory().keep(step.noise)
         self._memory().labels_seen += step.info.labels // self.out_features
 
     def update(self, features: Tensor | Array, target: Tensor | Array) -> UpdateInfo:
@@ -245,19 +275,27 @@ class BayesianHead(nn.Module):
         memory, count = self._memory(), len(all_rows)
         engine = memory.state.engine if count == 1 else None
         if engine is not None and engine.propagates:
-            row = functional.row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov)
+            belief = None if memory.noise_model is None else memory.belief()
+            row = functional.row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov, belief)
             engine.commit(row.mean_step, row.factor, row.signs)
+            if belief is not None:
+                memory.keep(row.noise)
             memory.labels_seen += 1
             return row.info
         state = memory.state if count <= functional.MAX_JOINT_ROWS else memory.state.clone()
         records: list[UpdateInfo] = []
+        noise_cov, belief = memory.noise_cov, memory.belief()
         blocks = (torch.as_tensor(values).split(functional.MAX_JOINT_ROWS) for values in (all_rows, all_labels))
         for rows, labels in zip(*blocks, strict=True):
-            step = functional.increment(state, rows, labels, self.rule, memory.noise_cov)
+            step = functional.increment(state, rows, labels, self.rule, noise_cov, belief)
             functional.apply(state, step)
             records.append(step.info)
+            if belief is not None and step.noise is not None:  # the next block knows what this one has learned
+                belief = belief._replace(estimate=step.noise)
+                noise_cov = torch.from_numpy(step.noise.cov).to(noise_cov)
         if state is not memory.state:
             functional.overwrite(memory.state, state)
+        memory.keep(None if belief is None else belief.estimate)
         memory.labels_seen += count
         return functional.merge(records) if len(records) > 1 else records[0]
 
@@ -311,7 +349,7 @@ class BayesianHead(nn.Module):
         """The buffers as ``_checked`` and ``update`` use them; made anew when one of them was replaced."""
         memory, buffers = self._bound, tuple(self._buffers.values())
         if memory is None or any(mine is not other for mine, other in zip(memory.buffers, buffers, strict=True)):
-            memory = self._bound = Memory(self.spec, self._cov_names, self._buffers)
+            memory = self._bound = Memory(self.spec, self._cov_names, self._buffers, self.noise_model)
         return memory
 
     def __getstate__(self) -> dict[str, Any]:

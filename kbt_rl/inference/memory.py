@@ -5,9 +5,9 @@ At the size of the paper's head a PyTorch call costs more than its arithmetic, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.prior import layer_shapes, prior_cov
-from kbt_rl.inference.update import HeadSpec, HeadState, row_step
+from kbt_rl.inference.update import HeadSpec, HeadState, NoiseBelief, row_step
 
 Array = npt.NDArray[Any]
 
@@ -25,7 +26,13 @@ Array = npt.NDArray[Any]
 class Memory:
     """The buffers of a head on their device: the posterior, and the units as arrays (CPU) or tensors."""
 
-    def __init__(self, spec: HeadSpec, cov_names: tuple[str, ...], buffers: Mapping[str, Tensor | None]) -> None:
+    def __init__(
+        self,
+        spec: HeadSpec,
+        cov_names: tuple[str, ...],
+        buffers: Mapping[str, Tensor | None],
+        noise_model: NoiseModel | None = None,
+    ) -> None:
         held = {name: buffer for name, buffer in buffers.items() if buffer is not None}
         self.buffers = tuple(held.values())
         self.state = HeadState(spec, held["mean"], tuple(held[name] for name in cov_names))
@@ -35,6 +42,25 @@ class Memory:
         names = ("feature_mean", "feature_scale", "target_scale", "labels_seen")
         local = ((held[name].numpy() if self.on_cpu else held[name]) for name in names)
         self.centre, self.scale, self.outputs, self.labels_seen = local
+        self.noise_model = noise_model
+        self._noise: tuple[Any, ...] = tuple(
+            held[name].numpy() if self.on_cpu else held[name] for name in ("noise_cov", "noise_labels") if name in held
+        )
+
+    def belief(self) -> NoiseBelief | None:
+        """What is thought of the noise, as a copy; None where it is known and Gaussian."""
+        if self.noise_model is None:
+            return None
+        cov, labels = self._noise[0], self._noise[1] if self.noise_model.learned else math.inf
+        return NoiseBelief(self.noise_model, NoiseEstimate(_copy(cov), float(labels)))
+
+    def keep(self, estimate: NoiseEstimate | None) -> None:
+        """Store what an update has made of the noise; nothing changes where it is not learned."""
+        if estimate is None or self.noise_model is None or not self.noise_model.learned:
+            return
+        cov, labels = self._noise
+        cov[:] = estimate.cov if self.on_cpu else torch.from_numpy(estimate.cov).to(self.device)
+        labels[...] = estimate.labels
 
     def take(self, values: Tensor | Array) -> Any:
         """Values as this memory computes with them, detached, so that nothing is recorded for a gradient."""
@@ -49,10 +75,14 @@ class Memory:
 
     def finite(self, features: Any, target: Any) -> bool:
         """Whether no entry is NaN or infinite."""
-        if self.on_cpu and isfinite(np.vdot(features, features) + np.vdot(target, target)):
+        if self.on_cpu and math.isfinite(np.vdot(features, features) + np.vdot(target, target)):
             return True  # the usual case; a huge but finite entry is looked at again
         total = float(abs(features).max()) + float(abs(target).max())
-        return isfinite(total)
+        return math.isfinite(total)
+
+
+def _copy(cov: Any) -> Array:
+    return cov.copy() if isinstance(cov, np.ndarray) else np.array(cov.cpu())
 
 
 @lru_cache(maxsize=16)

@@ -25,6 +25,7 @@ from kbt_rl.inference import compiled, joint, smoother
 from kbt_rl.inference.compiled import RowEngine
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.moments import Gaussian
+from kbt_rl.inference.noise import Judgement, NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import Conditioning, OutputRule, measure, replace
 from kbt_rl.inference.structures import LAYERWISE
 from kbt_rl.inference.triangle import LayerShape
@@ -124,6 +125,7 @@ class UpdateInfo(NamedTuple):
         predictive_variance: Variance from the weights and the noise.
         smallest_variance: Smallest variance of a weight after the update.
         labels: Number of scalar targets used; 0 when every label was missing.
+        label_weight: What the labels counted for where wild ones are expected: about 1 if ordinary, near 0 if wild.
     """
 
     innovation: float
@@ -132,15 +134,27 @@ class UpdateInfo(NamedTuple):
     predictive_variance: float
     smallest_variance: float
     labels: int
+    label_weight: float = 1.0
 
 
 class Increment(NamedTuple):
-    """``mean += mean_step``, ``cov += V diag(signs) V'``; shapes ``(P,)``, ``(P, q)``, ``(q,)``."""
+    """``mean += mean_step``, ``cov += V diag(signs) V'``; shapes ``(P,)``, ``(P, q)``, ``(q,)``.
+
+    ``noise`` is what the label noise is thought to be afterwards, None where it is known.
+    """
 
     mean_step: Tensor
     cov_factor: Tensor
     signs: Tensor
     info: UpdateInfo
+    noise: NoiseEstimate | None = None
+
+
+class NoiseBelief(NamedTuple):
+    """How the noise is judged, and what it is thought to be before an update."""
+
+    model: NoiseModel
+    estimate: NoiseEstimate
 
 
 def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
@@ -164,25 +178,55 @@ def predict_logits(state: HeadState, features: Tensor, chunk: int = 128) -> Gaus
     return Gaussian(torch.cat([part.mean for part in parts]), torch.cat([part.cov for part in parts]))
 
 
-def increment(state: HeadState, features: Tensor, target: Tensor, rule: OutputRule, noise_cov: Tensor) -> Increment:
+def increment(
+    state: HeadState,
+    features: Tensor,
+    target: Tensor,
+    rule: OutputRule,
+    noise_cov: Tensor,
+    belief: NoiseBelief | None = None,
+) -> Increment:
     """What one joint update on rows ``(B, d)`` with targets ``(B, o)`` would add to the posterior.
+
+    Args:
+        state: The posterior.
+        features: In the head's own units.
+        target: In the head's own units.
+        rule: How the target conditions the output.
+        noise_cov: Covariance of the label noise before the update, ``(o, o)``.
+        belief: Where the noise is learned or has heavy tails, the model and the same covariance as its estimate.
 
     Raises:
         UpdateError: The update would not be finite or would make a variance negative. Nothing has changed.
     """
     engine = state.engine if len(features) == 1 else None
     if engine is not None and engine.propagates:
-        return row_step(engine, features[0].numpy(), target.numpy(), rule, noise_cov).as_increment()
+        return row_step(engine, features[0].numpy(), target.numpy(), rule, noise_cov, belief).as_increment()
     output, cross_cov = propagate(state, features)
-    step = rule.condition(output, target, noise_cov)
+    judged = None if belief is None else _judge(output, target, belief)
+    step = rule.condition(output, target, noise_cov) if judged is None else _conditioning(output, target, judged)
     # One pass over the cross-covariance for the mean and the covariance.
     moves = cross_cov @ torch.cat([step.mean_step.unsqueeze(-1), step.cov_factor], dim=-1)
     mean_step, factor = moves[:, 0], moves[:, 1:]
     variances = _KEPT * state.variances() + (factor * factor) @ step.signs
-    info = _describe(output, step, noise_cov)._replace(smallest_variance=float(variances.min()))
+    info = _describe(output, step, noise_cov, judged)._replace(smallest_variance=float(variances.min()))
     # One sum finds any NaN or infinity of a vector; inf - inf is NaN.
     _check(float(mean_step.sum()), info)
-    return Increment(mean_step, factor, step.signs, info)
+    return Increment(mean_step, factor, step.signs, info, None if judged is None else judged.estimate)
+
+
+def _judge(output: Gaussian, target: Tensor, belief: NoiseBelief) -> Judgement:
+    """What the noise model makes of the target, before anything is conditioned on it."""
+    error = (target - output.mean.view_as(target)).cpu().numpy()
+    return belief.model.judge(error, output.cov.cpu().numpy(), belief.estimate)
+
+
+def _conditioning(output: Gaussian, target: Tensor, judged: Judgement) -> Conditioning:
+    """A judgement in the form in which the output rules answer."""
+    mean_step, factor = (torch.from_numpy(array).to(target) for array in (judged.mean_step, judged.cov_factor))
+    innovation = target.flatten() - output.mean
+    nis = torch.tensor(judged.nis, dtype=target.dtype)
+    return Conditioning(mean_step, factor, -torch.ones_like(innovation), innovation, nis)
 
 
 class RowStep(NamedTuple):
@@ -192,25 +236,40 @@ class RowStep(NamedTuple):
     factor: Array
     signs: Array
     info: UpdateInfo
+    noise: NoiseEstimate | None = None
 
     def as_increment(self) -> Increment:
         """The same as tensors on the same memory."""
         mean_step, factor, signs = (torch.from_numpy(array) for array in self[:3])
-        return Increment(mean_step, factor.mT, signs, self.info)
+        return Increment(mean_step, factor.mT, signs, self.info, self.noise)
 
 
-def row_step(engine: RowEngine, features: Array, target: Array, rule: OutputRule, noise_cov: Tensor) -> RowStep:
+def row_step(
+    engine: RowEngine,
+    features: Array,
+    target: Array,
+    rule: OutputRule,
+    noise_cov: Tensor,
+    belief: NoiseBelief | None = None,
+) -> RowStep:
     """``increment`` for one row ``(d,)`` and its target ``(1, o)``, with the forward pass in machine code."""
     row = engine.propagate(features)
     if target.shape[1] == 1 and rule.condition in (measure, replace):
-        return _scalar_step(engine, row, float(target[0, 0]), float(noise_cov.numpy()[0, 0]), rule.condition is replace)
+        label = float(target[0, 0])
+        if belief is not None:
+            return _judged_scalar_step(engine, row, label, belief)
+        return _scalar_step(engine, row, label, float(noise_cov.numpy()[0, 0]), rule.condition is replace)
     output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
-    step = rule.condition(output, torch.from_numpy(target), noise_cov)
+    label_rows = torch.from_numpy(target)
+    judged = None if belief is None else _judge(output, label_rows, belief)
+    step = (
+        rule.condition(output, label_rows, noise_cov) if judged is None else _conditioning(output, label_rows, judged)
+    )
     factor = np.ascontiguousarray(step.cov_factor.numpy())
     moved, moves, total, smallest = engine.weight_step(row, step.mean_step.numpy(), factor, step.signs.numpy(), _KEPT)
-    info = _describe(output, step, noise_cov)._replace(smallest_variance=smallest)
+    info = _describe(output, step, noise_cov, judged)._replace(smallest_variance=smallest)
     _check(total, info)
-    return RowStep(moved, moves, step.signs.numpy(), info)
+    return RowStep(moved, moves, step.signs.numpy(), info, None if judged is None else judged.estimate)
 
 
 def _scalar_step(engine: RowEngine, row: RowPass, target: float, noise: float, replacing: bool) -> RowStep:
@@ -226,7 +285,22 @@ def _scalar_step(engine: RowEngine, row: RowPass, target: float, noise: float, r
     return RowStep(moved, moves, _SIGNS[sign], info)
 
 
-def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor) -> UpdateInfo:
+def _judged_scalar_step(engine: RowEngine, row: RowPass, target: float, belief: NoiseBelief) -> RowStep:
+    """``_scalar_step`` by the rule ``measure`` with a noise that is learned or has heavy tails."""
+    estimate = belief.estimate
+    noise = float(estimate.cov[0, 0])
+    error, variance = target - float(row[0][0]), float(row[1][0, 0])
+    move, gained, weight, learned, labels = belief.model.judge_scalar(error, variance, noise, estimate.labels)
+    signs = _SIGNS[-1.0]
+    factor = np.array([[math.sqrt(gained)]])
+    moved, moves, total, smallest = engine.weight_step(row, np.array([move]), factor, signs, _KEPT)
+    predictive = variance + noise
+    info = UpdateInfo(abs(error), error * error / predictive, variance, predictive, smallest, 1, weight)
+    _check(total + learned, info)
+    return RowStep(moved, moves, signs, info, NoiseEstimate(np.array([[learned]]), labels))
+
+
+def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, judged: Judgement | None) -> UpdateInfo:
     """The record of the update, as floats; the smallest variance is still to come."""
     labels = step.innovation.numel()
     epistemic = float(output.cov.trace()) / labels
@@ -237,6 +311,7 @@ def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor) -> Update
         predictive_variance=epistemic + float(noise_cov.trace()) / len(noise_cov),
         smallest_variance=math.nan,
         labels=labels,
+        label_weight=1.0 if judged is None else judged.weight,
     )
 
 
@@ -254,6 +329,7 @@ def merge(records: Sequence[UpdateInfo]) -> UpdateInfo:
         predictive_variance=average(record.predictive_variance for record in records),
         smallest_variance=records[-1].smallest_variance,
         labels=labels,
+        label_weight=average(record.label_weight for record in records),
     )
 
 
