@@ -1,9 +1,9 @@
 """Loosen a posterior whose world may have changed: keep the means, and doubt them again.
 
 Updates only contract the covariance, so a converged posterior hardly learns another plant. Three remedies: move the
-covariance back towards the prior's (all the way: re-open it), divide it by a constant (forgetting), add a process noise.
-Forgetting has no bound: in directions without data the covariance grows by ``1 / factor`` with every call (wind-up). A
-step towards the prior cannot grow beyond it.
+covariance back towards the prior's (all the way: re-open it), divide it by a constant (forgetting), add the covariance
+of a process noise. Forgetting has no bound: in directions without data the covariance grows by ``1 / factor`` with
+every call (wind-up). A step towards the prior cannot grow beyond it.
 
 Each function computes the new covariance beside the old one, checks it, and then replaces it in place; an interrupt
 that arrives meanwhile is delivered afterwards. Sums of positive semi-definite matrices stay so in every structure.
