@@ -152,13 +152,13 @@ class RandomWalkDrift(_ChangingPlant):
         if self._at == self.steps:
             return
         step = self.rate * self._walk_rng.standard_normal(len(self._log))
-        self._log = _reflected(self._log + step, self._low, self._high)
+        self._log = reflected(self._log + step, self._low, self._high)
         self._at = self.steps
         self._set(dict(zip(self.bounds, np.exp(self._log).tolist(), strict=True)))
 
 
-def _reflected(value: Array, low: Array, high: Array) -> Array:
-    """Values folded back into ``[low, high]``, however far outside they are."""
+def reflected(value: Array, low: Array, high: Array) -> Array:
+    """Values folded back into ``[low, high]`` as by mirrors at both ends, however far outside they are."""
     width = high - low
     distance = np.mod(value - low, 2.0 * width)
     return np.asarray(low + np.minimum(distance, 2.0 * width - distance))
