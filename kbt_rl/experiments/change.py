@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.agents.lqr import lqr_gain
+from kbt_rl.agents.policies import TransformerPolicy
 from kbt_rl.agents.sample import Sample
 from kbt_rl.callbacks.adaptation import (
     AdaptationStrategy,
@@ -25,8 +28,8 @@ from kbt_rl.callbacks.adaptation import (
 from kbt_rl.envs.inverted_pendulum import LABEL_BOX, NOMINAL, SHIFTED, InvertedPendulumParams
 from kbt_rl.envs.schedule import PLANT_RANGES, reflected
 from kbt_rl.experiments.config import KBT_METHOD, Method
-from kbt_rl.experiments.learners import batch_force, build, snapshot
-from kbt_rl.experiments.simulation import Force, expert_force, simulate, starts
+from kbt_rl.experiments.learners import batch_force, build, features_of, snapshot
+from kbt_rl.experiments.simulation import Force, PlantBatch, expert_force, simulate, starts
 from kbt_rl.inference.monitor import Cusum, Monitor, NoiseReference, WindowedChiSquare
 
 FloatArray = npt.NDArray[np.float64]
@@ -43,7 +46,7 @@ FALSE_ALARM_RATE = 1e-5
 
 
 def strategies() -> dict[str, Callable[[], AdaptationStrategy | None]]:
-    """What is compared, by name. The constants of the constant remedies are the best of those tried on seeds 0 and 1."""
+    """What is compared, by name."""
     return {
         NONE: lambda: None,
         "forgetting 0.98": lambda: Forgetting(0.98),
@@ -56,6 +59,7 @@ def strategies() -> dict[str, Callable[[], AdaptationStrategy | None]]:
     }
 
 
+#: In units of the prior's covariance, per sample.
 PROCESS_NOISE, TOWARDS_PRIOR = 3e-3, 3e-3
 #: The strategies whose learner is not told the noise variance.
 UNTOLD = (LEARNED, TRAP)
@@ -72,7 +76,7 @@ class ChangeConfig:
         samples: Labels on each plant.
         checkpoints: Labels since the shift at which the policy is evaluated.
         starts: Episodes of an evaluation.
-        noise_variance: Of the labels, N^2.
+        noise_variance: Of the labels, N^2; the default is what a head assumes if it is told nothing.
         drift_samples: Labels under the drift.
         drift_rate: Standard deviation of the step that each logarithm takes with every label.
         drift_every: Labels between two evaluations under the drift.
@@ -82,9 +86,9 @@ class ChangeConfig:
     stream_seed: int
     plants: int = 10
     samples: int = 150
-    checkpoints: tuple[int, ...] = (0, 5, 10, 25, 50, 150)
-    starts: int = 50
-    noise_variance: float = 1.0
+    checkpoints: tuple[int, ...] = (0, 10, 25)
+    starts: int = 20
+    noise_variance: float = 0.1
     drift_samples: int = 1_500
     drift_rate: float = 0.02
     drift_every: int = 100
@@ -104,7 +108,7 @@ class SuccessRow(NamedTuple):
 class DelayRow(NamedTuple):
     """Labels from a shift to the first alarm, the first label of the new plant being 1; None without an alarm.
 
-    ``repeats`` are further alarms on the same plant.
+    ``repeats`` are further alarms on the same plant. Shift 0 is the nominal plant, where every alarm is false.
     """
 
     strategy: str
@@ -139,25 +143,33 @@ class PlantDraw(NamedTuple):
 
 #: A plant on which the previous expert succeeds as often is no shift; one where its own does not, no task.
 _MOST_BEFORE, _LEAST_EXPERT = 0.5, 0.95
+_AT_ONCE = 32
 
 
 def draw_plants(config: ChangeConfig) -> PlantDraw:
-    """Plants uniform in ``PLANT_RANGES``, each one that the previous plant's expert succeeds on in under half of starts.
+    """Plants uniform in ``PLANT_RANGES``; on each, the previous plant's expert succeeds from under half of the starts.
 
-    Draws on which the plant's own expert does not reach 0.95 within the 10 s of an episode are rejected as well.
+    The first follows the nominal plant. Draws on which the plant's own expert does not reach 0.95 within the 10 s of
+    an episode are rejected as well.
     """
     rng = np.random.default_rng([config.stream_seed, 21])
     low, high = np.array(list(PLANT_RANGES.values())).T
     initial = starts(config.stream_seed, config.starts)
     plants, similar, hard = [NOMINAL], 0, 0
     while len(plants) <= config.plants:
-        plant = Params(*rng.uniform(low, high).tolist())
-        if simulate(expert_force(plant), initial, plant).success.mean() < _LEAST_EXPERT:
-            hard += 1
-        elif simulate(expert_force(plants[-1]), initial, plant).success.mean() >= _MOST_BEFORE:
-            similar += 1
-        else:
-            plants.append(plant)
+        drawn = rng.uniform(low, high, (_AT_ONCE, 3))  # simulated together, taken in turn
+        cart_mass, pole_mass, half_length = drawn.T[..., None]
+        batch = PlantBatch(cart_mass, pole_mass, half_length, np.array(NOMINAL.gravity))
+        force = expert_force(plants[-1])
+        before = simulate(force, np.broadcast_to(initial, (_AT_ONCE, *initial.shape)), batch).success.mean(axis=-1)
+        shifts = np.flatnonzero(before < _MOST_BEFORE)
+        similar += int(shifts[0]) if len(shifts) else _AT_ONCE
+        if len(shifts):
+            plant = Params(*drawn[shifts[0]].tolist())
+            if simulate(expert_force(plant), initial, plant).success.mean() < _LEAST_EXPERT:
+                hard += 1
+            else:
+                plants.append(plant)
     return PlantDraw(plants[1:], similar, hard)
 
 
@@ -177,8 +189,8 @@ def drifting_plants(config: ChangeConfig) -> Iterator[Params]:
 class NoiseEstimate:
     """Label noise from the innovations, exponentially forgotten; it sets the variance that the head assumes.
 
-    A sample counts as the second moment of its noise given its innovation, ``(r / s)^2 e^2 + r (1 - r / s)`` for assumed
-    noise ``r`` and predictive variance ``s`` (the EM step): what the weights may explain says little about the noise.
+    A sample counts as the second moment of its noise given its innovation, ``(r / s)^2 e^2 + r (1 - r / s)`` for
+    assumed noise ``r`` and predictive variance ``s`` (the EM step): what the weights may explain says little about it.
     A stand-in for a noise model of the head's own, for one output.
 
     Args:
@@ -208,49 +220,55 @@ class Learner:
         self.model, self.strategy = model, strategies()[name]()
         self._estimate = None if told else NoiseEstimate()
 
-    def learn(self, state: npt.NDArray[Any], force: float) -> bool:
-        """Learn that the expert pushes with ``force`` newtons in ``state``; whether a change was noticed."""
-        info = self.model.update(Sample(state, np.array([force / SHIFTED.max_force])))
+    def learn(self, sample: Sample) -> bool:
+        """Learn a sample; whether a change was noticed."""
+        info = self.model.update(sample)
         assert isinstance(info, KBTInfo)
         if self._estimate is not None:
             self._estimate.after_update(self.model, info)
         return self.strategy is not None and self.strategy.after_update(self.model, info)
 
 
-def labelled(
-    config: ChangeConfig, plants: Sequence[Params], each: int, purpose: int
-) -> tuple[npt.NDArray[np.float32], FloatArray]:
-    """States uniform in the label box, ``(plants * each, 4)``, and the noisy forces of each plant's expert."""
+def labelled(config: ChangeConfig, policy: TransformerPolicy, plants: Sequence[Params], purpose: int) -> list[Sample]:
+    """One sample for each plant: a state uniform in the label box and the noisy force of the plant's expert.
+
+    The encoder is frozen and the same for all strategies, so all states are encoded at once.
+    """
     rng = np.random.default_rng([config.stream_seed, purpose])
-    box, count = np.asarray(LABEL_BOX), len(plants) * each
-    states = rng.uniform(-box, box, (count, 4)).astype(np.float32)
-    forces = [expert_force(plant)(part) for plant, part in zip(plants, np.split(states, len(plants)), strict=True)]
-    noise = config.noise_variance**0.5 * rng.standard_normal(count)
-    return states, np.concatenate(forces) + noise
+    box = np.asarray(LABEL_BOX)
+    states = rng.uniform(-box, box, (len(plants), 4)).astype(np.float32)
+    gains = {plant: lqr_gain(plant)[0] for plant in dict.fromkeys(plants)}
+    forces = np.array([-gains[plant] @ state for plant, state in zip(plants, states.astype(np.float64), strict=True)])
+    actions = (forces + config.noise_variance**0.5 * rng.standard_normal(len(plants))) / SHIFTED.max_force
+    features = torch.cat([features_of(policy, part) for part in np.array_split(states, -(-len(states) // 1_000))])
+    context = policy.start(states)
+    return [
+        Sample(context.rows(slice(index, index + 1)), actions[index], features=features[index : index + 1])
+        for index in range(len(plants))
+    ]
 
 
 def run_shifts(
     config: ChangeConfig, pretrained: KBT, plants: Sequence[Params], names: Sequence[str]
 ) -> tuple[list[SuccessRow], list[DelayRow]]:
-    """All strategies through all plants."""
-    states, forces = labelled(config, plants, config.samples, 22)
+    """All strategies through all plants, after as many labels of the nominal one, so that the posterior is settled."""
+    visited = [NOMINAL, *plants]
+    samples = labelled(config, pretrained.policy, [plant for plant in visited for _ in range(config.samples)], 22)
     learners = {name: Learner(name, pretrained, config.noise_variance) for name in names}
     views: dict[str, list[Any]] = {name: [] for name in names}
     seeds = (config.pretrain_seed, config.stream_seed)
     delays: list[DelayRow] = []
     for name, learner in learners.items():
-        alarms: list[list[int]] = [[] for _ in plants]
-        for index, (state, force) in enumerate(zip(states, forces, strict=True)):
+        alarms: list[list[int]] = [[] for _ in visited]
+        for index, sample in enumerate(samples):
             shift, before = divmod(index, config.samples)
-            if before in config.checkpoints:
+            if shift and before in config.checkpoints:
                 views[name].append(snapshot(learner.model))
-            if learner.learn(state, force):
+            if learner.learn(sample):
                 alarms[shift].append(before + 1)
-            if before + 1 == config.samples and config.samples in config.checkpoints:
-                views[name].append(snapshot(learner.model))
         if isinstance(learner.strategy, ReopenOnDetection):
             delays += [
-                DelayRow(name, *seeds, shift + 1, seen[0] if seen else None, max(len(seen) - 1, 0))
+                DelayRow(name, *seeds, shift, seen[0] if seen else None, max(len(seen) - 1, 0))
                 for shift, seen in enumerate(alarms)
             ]
     rows: list[SuccessRow] = []
@@ -266,7 +284,7 @@ def run_drift(config: ChangeConfig, pretrained: KBT, names: Sequence[str]) -> li
     """All strategies under the drift, each evaluated on the plant of the moment."""
     walk = drifting_plants(config)
     plants = [next(walk) for _ in range(config.drift_samples + 1)]
-    states, forces = labelled(config, plants[:-1], 1, 24)
+    stream = labelled(config, pretrained.policy, plants[:-1], 24)
     points = range(0, config.drift_samples + 1, config.drift_every)
     views: dict[str, list[Any]] = {name: [] for name in names}
     for name in names:
@@ -275,7 +293,7 @@ def run_drift(config: ChangeConfig, pretrained: KBT, names: Sequence[str]) -> li
             if index in points:
                 views[name].append(snapshot(learner.model))
             if index < config.drift_samples:
-                learner.learn(states[index], forces[index])
+                learner.learn(stream[index])
     rows: list[SuccessRow] = []
     for place, index in enumerate(points):
         chosen = [views[name][place] for name in names]
@@ -318,7 +336,6 @@ def run_stationary(
     squared label scale (0.1 N^2).
     """
     config = ChangeConfig(pretrained.seed or 0, stream_seed, noise_variance=noise_variance)
-    states, forces = labelled(config, [SHIFTED], samples, 25)
     learner = Learner(NONE, pretrained, noise_variance if told else 0.0)
     estimate = None if told else NoiseEstimate()
     head = learner.model.policy.head
@@ -330,8 +347,8 @@ def run_stationary(
             ("CUSUM", 0 if told else NOISE_LAG, lambda: Cusum(FALSE_ALARM_RATE)),
         )
     ]
-    for state, force in zip(states, forces, strict=True):
-        info = learner.model.update(Sample(state, np.array([force / SHIFTED.max_force])))
+    for sample in labelled(config, pretrained.policy, [SHIFTED] * samples, 25):
+        info = learner.model.update(sample)
         assert isinstance(info, KBTInfo)
         if estimate is not None:
             estimate.after_update(learner.model, info)
