@@ -96,6 +96,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         # A generator of its own: pre-training draws its states from the seed itself.
         self.stream_rng = np.random.default_rng(None if seed is None else [seed, 1])
         self.stream_positions: dict[str, int] = {}
+        self.strategy_state: dict[str, Any] = {}  # what a callback's strategy has to remember, saved with the model
         self._context: ContextWindow | None = None
         self._features: Tensor | None = None
         if self.env is not None:
@@ -201,6 +202,7 @@ class OnlineAlgorithm(BaseAlgorithm):
             )
         self.policy.set_training_mode(False)
         self.pretrain_info, self.labels_used = info, 0
+        self.strategy_state.clear()
         self._after_pretraining()
         return info
 
@@ -221,6 +223,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         self.policy.transformer.load_state_dict(other.policy.transformer.state_dict())
         self.label_space, self.max_force = other.label_space, other.max_force
         self.pretrain_info, self.labels_used = other.pretrain_info, 0
+        self.strategy_state.clear()
         self._after_pretraining()
 
     def _after_pretraining(self) -> None:

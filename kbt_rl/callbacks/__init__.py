@@ -1,5 +1,12 @@
 """Callbacks that teach a learner during rollouts, and the streams their samples come from."""
 
+from kbt_rl.callbacks.adaptation import (
+    AdaptationStrategy,
+    Forgetting,
+    ProcessNoise,
+    ReopenOnDetection,
+    TowardsPrior,
+)
 from kbt_rl.callbacks.adapters import KalmanAdapter, OnlineAdapter
 from kbt_rl.callbacks.queries import Always, QueryRule, Random, VarianceGate
 from kbt_rl.callbacks.streams import (
@@ -12,15 +19,20 @@ from kbt_rl.callbacks.streams import (
 )
 
 __all__ = [
+    "AdaptationStrategy",
     "Always",
+    "Forgetting",
     "IidStream",
     "KalmanAdapter",
     "OnlineAdapter",
+    "ProcessNoise",
     "QueryRule",
     "Random",
     "RecordedStream",
+    "ReopenOnDetection",
     "SampleStream",
     "StreamBatch",
+    "TowardsPrior",
     "UncertainStream",
     "VarianceGate",
     "VisitedStream",

@@ -19,6 +19,7 @@ from kbt_rl.agents.experts import Expert, as_labeller, max_force
 from kbt_rl.agents.kbt import KBT, KBTInfo
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import LearnerInfo, Sample
+from kbt_rl.callbacks.adaptation import AdaptationStrategy
 from kbt_rl.callbacks.queries import Always, QueryRule
 from kbt_rl.callbacks.streams import SampleStream, StreamBatch, as_stream
 
@@ -153,10 +154,19 @@ class KalmanAdapter(OnlineAdapter):
 
     Logs besides: ``kalman/predictive_variance`` and ``kalman/epistemic_variance`` (action units squared, mean over the
     updates since the last write), ``kalman/nis`` (normalised innovation squared per scalar label: 1 on average if the
-    variances are right) and ``kalman/smallest_variance``.
+    variances are right) and ``kalman/smallest_variance``; with a strategy also ``kalman/alarms`` (changes noticed).
+
+    Args:
+        *args: See ``OnlineAdapter``.
+        strategy: What to do about a world that moves again, see ``kbt_rl.callbacks.adaptation``; None does nothing.
+        **kwargs: See ``OnlineAdapter``.
     """
 
     model: KBT
+
+    def __init__(self, *args: Any, strategy: AdaptationStrategy | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.strategy = strategy
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, KBT):
@@ -165,6 +175,11 @@ class KalmanAdapter(OnlineAdapter):
             )
         super()._init_callback()
 
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        if self.strategy is not None:
+            self.strategy.attach(self.model)
+
     def _record(self, info: LearnerInfo) -> None:
         super()._record(info)
         assert isinstance(info, KBTInfo)
@@ -172,3 +187,6 @@ class KalmanAdapter(OnlineAdapter):
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
         self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.action_size))
         self.logger.record("kalman/smallest_variance", info.smallest_variance)
+        if self.strategy is not None:
+            self.strategy.after_update(self.model, info)
+            self.logger.record("kalman/alarms", self.strategy.alarms)

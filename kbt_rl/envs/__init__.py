@@ -17,6 +17,7 @@ from kbt_rl.envs.inverted_pendulum import (
     rk4_step,
     stage_cost,
 )
+from kbt_rl.envs.schedule import PLANT_RANGES, RandomWalkDrift, ScheduledShifts
 from kbt_rl.envs.vector import InvertedPendulumVectorEnv
 
 __all__ = [
@@ -24,12 +25,15 @@ __all__ = [
     "LABEL_BOX",
     "NOMINAL",
     "OBSERVATION_BOX",
+    "PLANT_RANGES",
     "SETTLED_BOX",
     "SHIFTED",
     "START_BOX",
     "InvertedPendulumEnv",
     "InvertedPendulumParams",
     "InvertedPendulumVectorEnv",
+    "RandomWalkDrift",
+    "ScheduledShifts",
     "dynamics",
     "is_settled",
     "is_upright",

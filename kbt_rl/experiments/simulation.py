@@ -15,8 +15,10 @@ import numpy.typing as npt
 from kbt_rl.agents.lqr import lqr_gain
 from kbt_rl.envs.inverted_pendulum import (
     DT,
+    NOMINAL,
     START_BOX,
     InvertedPendulumParams,
+    PlantArrays,
     is_settled,
     is_upright,
     rk4_step,
@@ -39,6 +41,12 @@ class Outcome(NamedTuple):
     cost: FloatArray
 
 
+class PlantBatch(PlantArrays):
+    """Many plants, whose values broadcast against the starts; they share the force limit of the nominal one."""
+
+    max_force = NOMINAL.max_force
+
+
 def starts(seed: int, count: int) -> FloatArray:
     """Starts uniform in the start box, ``(count, 4)``."""
     box = np.asarray(START_BOX)
@@ -48,7 +56,7 @@ def starts(seed: int, count: int) -> FloatArray:
 def simulate(
     force: Force,
     initial: FloatArray,
-    params: InvertedPendulumParams,
+    params: InvertedPendulumParams | PlantBatch,
     steps: int = EPISODE_STEPS,
 ) -> Outcome:
     """Run episodes of 10 s side by side.
@@ -56,7 +64,7 @@ def simulate(
     Args:
         force: Forces ``(...)`` in N for states ``(..., 4)``; limited here to what the actuator can do.
         initial: Starts, ``(..., 4)``.
-        params: The plant.
+        params: The plant, or one for each start.
         steps: Length of an episode.
 
     Returns:

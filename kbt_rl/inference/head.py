@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from kbt_rl.inference import revision
 from kbt_rl.inference import update as functional
 from kbt_rl.inference.acting import ActingView, acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
@@ -298,6 +299,18 @@ class BayesianHead(nn.Module):
         memory.keep(None if belief is None else belief.estimate)
         memory.labels_seen += count
         return functional.merge(records) if len(records) > 1 else records[0]
+
+    def reopen(self, fraction: float = 1.0) -> None:
+        """Keep the means and move the covariance towards the prior's, by default all the way; see ``revision``."""
+        revision.reopen(self.state, self._prior_cov(), fraction)
+
+    def forget(self, factor: float) -> None:
+        """Keep the means and divide the covariance by a factor in (0, 1]; see ``revision``."""
+        revision.forget(self.state, factor)
+
+    def add_process_noise(self, scale: float) -> None:
+        """Keep the means and add ``scale`` times the prior's covariance; see ``revision.diffuse``."""
+        revision.diffuse(self.state, self._prior_cov(), scale)
 
     def standardise(self, features: Tensor) -> Tensor:
         """Features ``(..., d)`` in float64, centred and scaled as at pre-training."""

@@ -1,0 +1,144 @@
+"""What a learner does about a world that moves again: exchangeable strategies for ``KalmanAdapter``.
+
+After each update the adapter hands the strategy what the update saw. ``Forgetting``, ``ProcessNoise`` and
+``TowardsPrior`` loosen the posterior a little every time, whether something changed or not. ``ReopenOnDetection``
+leaves it alone until a monitor says that the innovations are no longer plausible. None of them stores a sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.inference.monitor import Cusum, Monitor, NoiseReference
+
+
+class AdaptationStrategy(ABC):
+    """Called after each update of a learner."""
+
+    @property
+    def alarms(self) -> int:
+        """Changes noticed so far; 0 for a strategy that does not look for any."""
+        return 0
+
+    def attach(self, model: KBT) -> None:  # noqa: B027
+        """Called before training: keep on the model what has to be saved with it."""
+
+    @abstractmethod
+    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+        """React to an update.
+
+        Args:
+            model: The learner; its posterior may be loosened.
+            info: What the update saw, with at least one label.
+
+        Returns:
+            Whether a change of the world was noticed.
+        """
+
+
+class Forgetting(AdaptationStrategy):
+    """Divide the covariance by a constant factor after each update.
+
+    The covariance of what the labels do not determine grows without bound (wind-up), the more the longer it runs.
+
+    Args:
+        factor: In (0, 1]; evidence of ``1 / (1 - factor)`` samples counts.
+    """
+
+    def __init__(self, factor: float = 0.98) -> None:
+        if not 0.0 < factor <= 1.0:
+            raise ValueError(f"the forgetting factor is {factor}; it lies in (0, 1], and 1 forgets nothing")
+        self.factor = factor
+
+    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+        """See ``AdaptationStrategy``."""
+        model.policy.head.forget(self.factor)
+        return False
+
+
+class ProcessNoise(AdaptationStrategy):
+    """Add a fraction of the prior's covariance after each update: weights that wander.
+
+    Args:
+        scale: Variance of a step, in units of each weight's prior variance.
+    """
+
+    def __init__(self, scale: float = 1e-3) -> None:
+        if not 0.0 <= scale < float("inf"):
+            raise ValueError(f"the process noise is {scale}; it is finite and not negative")
+        self.scale = scale
+
+    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+        """See ``AdaptationStrategy``."""
+        model.policy.head.add_process_noise(self.scale)
+        return False
+
+
+class TowardsPrior(AdaptationStrategy):
+    """Move the covariance a little towards the prior's after each update: forgetting that cannot wind up.
+
+    Args:
+        fraction: How far each time, in (0, 1].
+    """
+
+    def __init__(self, fraction: float = 1e-3) -> None:
+        _check_fraction(fraction)
+        self.fraction = fraction
+
+    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+        """See ``AdaptationStrategy``."""
+        model.policy.head.reopen(self.fraction)
+        return False
+
+
+class ReopenOnDetection(AdaptationStrategy):
+    """Watch the normalised innovation squared; when it is implausible, keep the means and re-open the covariance.
+
+    Once attached to a model, the monitor's sums, its count of alarms and the noise levels live there and are saved with
+    it. A strategy of the same settings goes on from them, one of other settings starts afresh.
+
+    Args:
+        monitor: The test, ``Cusum(1e-5)`` by default.
+        misfit: Variance of what the head cannot express even when it has converged, in units of ``target_scale``
+            squared (the label's mean square in pre-training). Without it rare large misfits count as changes.
+        noise_lag: How many samples ago the noise level is taken from that innovations are judged by: 0 if the label
+            noise is known, some 50 if it is learned at the same time, since what is learned swallows the change.
+        fraction: How far to go towards the prior's covariance; 1 is all the way.
+    """
+
+    def __init__(
+        self, monitor: Monitor | None = None, *, misfit: float = 0.01, noise_lag: int = 0, fraction: float = 1.0
+    ) -> None:
+        _check_fraction(fraction)
+        self.monitor = Cusum(1e-5) if monitor is None else monitor
+        self.reference = NoiseReference(misfit, noise_lag)
+        self.fraction = fraction
+
+    @property
+    def alarms(self) -> int:
+        """See ``AdaptationStrategy``."""
+        return self.monitor.alarms
+
+    def attach(self, model: KBT) -> None:
+        """Go on where this test left off on the model, else start there."""
+        test, settings = type(self.monitor), self.monitor.settings()
+        key = f"{test.__name__} {settings} {self.reference.settings()}"
+        if key not in model.strategy_state:  # objects of its own: a strategy may serve several models in turn
+            model.strategy_state[key] = test(**settings), NoiseReference(**self.reference.settings())
+        self.monitor, self.reference = model.strategy_state[key]
+
+    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+        """See ``AdaptationStrategy``."""
+        head = model.policy.head
+        unit = head.mean_square_scale
+        nis = self.reference.restate(info.nis, info.epistemic_variance / unit, info.predictive_variance / unit)
+        if not self.monitor.observe(nis, info.labels * model.policy.action_size):
+            return False
+        head.reopen(self.fraction)
+        return True
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"fraction is {fraction}; it lies in (0, 1], and 1 is the prior's covariance")
