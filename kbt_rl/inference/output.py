@@ -137,7 +137,8 @@ def _information_factor(probabilities: Tensor, cov: Tensor) -> Tensor:
     info_root = torch.block_diag(*(half.unsqueeze(-1) * projector))
     inner = info_root.mT @ cov @ info_root
     inner.diagonal().add_(1.0)
-    return info_root @ _inverse_root(inner, "I + T' S T of the softmax").mT
+    factor: Tensor = info_root @ _inverse_root(inner, "I + T' S T of the softmax").mT
+    return factor
 
 
 def _damped(factor: Tensor, cov: Tensor, step: Tensor) -> Tensor:
@@ -246,4 +247,5 @@ def _softmax_nis(predicted: Gaussian, jacobian: Tensor, innovation: Tensor) -> T
     free = torch.arange(len(innovation), device=innovation.device) % outputs != outputs - 1
     reduced = cov[free][:, free]
     reduced.diagonal().add_(torch.finfo(reduced.dtype).eps)
-    return innovation[free] @ torch.linalg.solve(reduced, innovation[free])
+    nis: Tensor = innovation[free] @ torch.linalg.solve(reduced, innovation[free])
+    return nis
