@@ -26,8 +26,8 @@ from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTran
 Sampling = Literal["epistemic", "predictive"]
 Array = npt.NDArray[Any]
 
-# Labels of discrete actions say less than forces do, so that a stiffer prior learns too slowly; with so wide a prior the
-# one step of the rule "fisher" overshoots.
+# Labels of discrete actions say less than forces do, so that a stiffer prior learns too slowly; with so wide a prior
+# the one step of the rule "fisher" overshoots.
 DISCRETE_HEAD = HeadConfig(rule="laplace", last_variance=100.0)
 
 

@@ -1,0 +1,1 @@
+"""Subcommands of ``kbt-rl``, one file each."""
