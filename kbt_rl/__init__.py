@@ -1,8 +1,9 @@
 """Closed-form online adaptation of transformer policies, for Gymnasium and Stable-Baselines3.
 
 Importing the package registers the environments ``kbt_rl/InvertedPendulum-v0`` and
-``kbt_rl/ShiftedInvertedPendulum-v0`` and nothing else: the public names below are imported when they are first used, so
-that a worker process that only steps environments loads neither torch nor matplotlib.
+``kbt_rl/ShiftedInvertedPendulum-v0`` with their discrete forms, ``kbt_rl/DiscreteInvertedPendulum-v0`` and
+``kbt_rl/ShiftedDiscreteInvertedPendulum-v0``, and nothing else: the public names below are imported when they are
+first used, so that a worker process that only steps environments loads neither torch nor matplotlib.
 """
 
 from __future__ import annotations
@@ -69,18 +70,21 @@ def __dir__() -> list[str]:
 
 def _register_environments() -> None:
     plants = {
-        "kbt_rl/InvertedPendulum-v0": {"cart_mass": 1.0, "pole_mass": 0.1, "pole_half_length": 0.5},
-        "kbt_rl/ShiftedInvertedPendulum-v0": {"cart_mass": 1.0, "pole_mass": 1.0, "pole_half_length": 5.0},
+        "InvertedPendulum": {"cart_mass": 1.0, "pole_mass": 0.1, "pole_half_length": 0.5},
+        "ShiftedInvertedPendulum": {"cart_mass": 1.0, "pole_mass": 1.0, "pole_half_length": 5.0},
     }
-    for env_id, kwargs in plants.items():
-        if env_id not in gym.registry:  # a module reload must not warn
-            gym.register(
-                env_id,
-                entry_point="kbt_rl.envs.inverted_pendulum:InvertedPendulumEnv",
-                vector_entry_point="kbt_rl.envs.vector:InvertedPendulumVectorEnv",
-                max_episode_steps=500,
-                kwargs=kwargs,
-            )
+    forms = {"": ("inverted_pendulum", "vector"), "Discrete": ("discrete", "discrete")}
+    for plant, kwargs in plants.items():
+        for form, (module, vector_module) in forms.items():
+            env_id = f"kbt_rl/{plant.replace('Inverted', f'{form}Inverted')}-v0"
+            if env_id not in gym.registry:  # a module reload must not warn
+                gym.register(
+                    env_id,
+                    entry_point=f"kbt_rl.envs.{module}:{form}InvertedPendulumEnv",
+                    vector_entry_point=f"kbt_rl.envs.{vector_module}:{form}InvertedPendulumVectorEnv",
+                    max_episode_steps=500,
+                    kwargs=kwargs,
+                )
 
 
 _register_environments()

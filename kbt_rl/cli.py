@@ -15,6 +15,9 @@ import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
+from kbt_rl.commands.discrete import Discrete
+from kbt_rl.commands.no_oracle import NoOracle
+from kbt_rl.commands.noise import Noise
 from kbt_rl.commands.rescue import Rescue
 
 if TYPE_CHECKING:
@@ -254,6 +257,9 @@ Command = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Render, subcommand("render")]
     | Annotated[Rescue, subcommand("rescue")]
+    | Annotated[Noise, subcommand("noise")]
+    | Annotated[NoOracle, subcommand("no-oracle")]
+    | Annotated[Discrete, subcommand("discrete")]
 )
 
 

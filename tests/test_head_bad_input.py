@@ -218,7 +218,7 @@ BAD_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown structure": ({"structure": "full"}, "structure is 'full'; choose one of auto, joint, layer, neuron, diag"),
     "unknown rule": (
         {"rule": "bayes"},
-        "rule is 'bayes'; choose one of measure, replace, fisher, taylor, replace_soft",
+        "rule is 'bayes'; choose one of measure, replace, fisher, laplace, taylor, replace_soft",
     ),
     "diagonal and tied": ({"structure": "diagonal", "rho": 0.5}, "cannot store the correlated weights"),
     "rho of 1": ({"rho": 1.0}, r"rho is 1.0; it must lie in \[0, 1\)"),

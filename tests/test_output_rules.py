@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+import scipy.optimize
+import scipy.special
 import torch
 from conftest import randn, random_cov, smallest_eigenvalue
 from torch import Tensor
@@ -18,6 +22,7 @@ LINKS = {
     "measure": "identity",
     "replace": "identity",
     "fisher": "softmax",
+    "laplace": "softmax",
     "taylor": "softmax",
     "replace_softmax": "softmax",
 }
@@ -65,6 +70,11 @@ def literal(rule: str, given: Problem) -> tuple[Tensor, Tensor]:
     elif rule == "fisher":
         after_cov = inv(inv(cov) + jacobian)
         after = Gaussian(mean + after_cov @ (target - given.probabilities.flatten()), after_cov)
+    elif rule == "laplace":
+        mode = posterior_mode(given)
+        p = torch.softmax(mode.view_as(given.target), dim=-1)
+        information = torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p))
+        after = Gaussian(mode, inv(inv(cov) + information))
     else:
         error = target - given.probabilities.flatten()
         through = jacobian @ cov @ jacobian.mT
@@ -73,6 +83,19 @@ def literal(rule: str, given: Problem) -> tuple[Tensor, Tensor]:
         smaller = -through if rule == "taylor" else noise - through
         after = Gaussian(mean + gain @ error, cov + gain @ smaller @ gain.mT)
     return inv(cov) @ (after.mean - mean), inv(cov) @ (after.cov - cov) @ inv(cov)
+
+
+def posterior_mode(given: Problem) -> Tensor:
+    """Most probable logits under ``N(m, S)`` and the softmax likelihood, by SciPy from the gradient alone."""
+    mean, precision, target = given.predicted.mean.numpy(), inv(given.predicted.cov).numpy(), given.target.numpy()
+
+    def gradient(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        slope: npt.NDArray[np.float64] = precision @ (logits - mean)
+        return slope + (scipy.special.softmax(logits.reshape(target.shape), axis=1) - target).ravel()
+
+    found = scipy.optimize.root(gradient, mean, method="lm", options={"xtol": 1e-15, "ftol": 1e-15})
+    assert np.abs(gradient(found.x)).max() < 1e-10
+    return torch.from_numpy(found.x)
 
 
 def cov_step(step: Conditioning) -> Tensor:
@@ -105,6 +128,32 @@ def test_rule_equals_its_literal_formula(rule: str, rows: int, outputs: int) -> 
     assert_relative(cov_step(step), change, tolerance)
     guess = given.probabilities if LINKS[rule] == "softmax" else given.predicted.mean.view_as(given.target)
     torch.testing.assert_close(step.innovation, (given.target - guess).flatten(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_laplace_finds_the_mode_where_the_prediction_is_sure_and_wrong(rows: int) -> None:
+    """The first Newton step (``fisher``) is too long there; the mode is where the target gets likely."""
+    mean = torch.tensor([40.0, 0.0, -40.0], dtype=torch.float64).repeat(rows)
+    cov = 100.0 * (torch.eye(3 * rows, dtype=torch.float64) + 0.1)
+    target = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64).repeat(rows, 1)
+    predicted = Gaussian(mean, cov)
+    step = RULES["laplace"].condition(predicted, target, torch.zeros(3, 3))
+    mode = mean + cov @ step.mean_step
+    literal_mode = posterior_mode(Problem(predicted, target, torch.zeros(3, 3)))
+    torch.testing.assert_close(mode, literal_mode, rtol=1e-6, atol=1e-6)
+    residual = target - torch.softmax(mode.view_as(target), dim=-1)
+    torch.testing.assert_close(step.mean_step, residual.flatten(), rtol=0.0, atol=1e-8)
+    first = RULES["fisher"].condition(predicted, target, torch.zeros(3, 3))
+    assert float((cov @ first.mean_step).abs().max()) > 1.5 * float((mode - mean).abs().max())
+
+
+def test_impossible_class_has_a_huge_nis() -> None:
+    mean = torch.tensor([800.0, 0.0], dtype=torch.float64)
+    target = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    predicted = Gaussian(mean, torch.eye(2, dtype=torch.float64))
+    for rule in ("fisher", "laplace"):
+        nis = float(RULES[rule].condition(predicted, target, torch.zeros(2, 2)).nis)
+        assert nis == pytest.approx(1 / torch.finfo(torch.float64).eps)
 
 
 @pytest.mark.parametrize("rule", ["measure", "replace"])

@@ -234,6 +234,8 @@ def test_bad_observations_are_refused(kind: type[TransformerPolicy], observation
 def test_other_spaces_are_refused(kind: type[TransformerPolicy], space: Any) -> None:
     with pytest.raises(ValueError, match=r"the observation space is .* needs a Box with one axis"):
         kind(space, FLAT)
+    if isinstance(space, spaces.Discrete):
+        space = spaces.MultiDiscrete([3, 3])
     with pytest.raises(ValueError, match=r"the action space is .* needs a Box with one axis"):
         kind(FLAT, space)
 

@@ -12,8 +12,8 @@ import torch
 from gymnasium import spaces
 from rich.progress import Progress
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor
 
+from kbt_rl.agents.actions import ActionFormat, ContinuousActions, action_format
 from kbt_rl.models.context import ContextWindow, advance_window, start_window, with_action
 from kbt_rl.models.decision_transformer import DecisionTransformer
 
@@ -56,14 +56,17 @@ class PretrainInfo:
     Attributes:
         validation_rmse: Root mean square error on held-out contexts.
         validation_rmse_newton: The same times the environment's ``max_force``; NaN where it has none.
-        label_rms: Root mean square of the labels, the unit of the head's variances.
+        label_rms: Root mean square of the labels, the unit of the head's variances; 1 for discrete actions.
         samples: Contexts trained on.
+        validation_accuracy: Held-out contexts in which the action is the expert's most probable one; NaN for continuous
+            actions. Their errors are those of the probabilities.
     """
 
     validation_rmse: float
     validation_rmse_newton: float
     label_rms: float
     samples: int
+    validation_accuracy: float = float("nan")
 
 
 class Demonstrations:
@@ -90,18 +93,17 @@ def rollout_demonstrations(
     expert: Labeller, env: VecEnv, samples: int, context_length: int, progress: Callable[[int], None]
 ) -> Demonstrations:
     """Windows of episodes that the expert drives; for policies whose context is longer than one step."""
-    action_space = env.action_space
-    assert isinstance(action_space, spaces.Box)
+    form = action_format(env.action_space)
     windows: list[ContextWindow] = []
     targets: list[Array] = []
     episodes = _ReturnsToGo(env.num_envs, context_length)
     observations = env.reset()
     assert isinstance(observations, np.ndarray)
-    context = start_window(observations, context_length, action_space.shape[0])
+    context = start_window(observations, context_length, form.size)
     while episodes.finished < samples:
         labels = np.asarray(expert(context.newest), dtype=np.float64)
-        actions = np.clip(labels, action_space.low, action_space.high).astype(action_space.dtype)
-        context = with_action(context, actions)
+        actions = form.decide(labels)
+        context = with_action(context, form.remember(actions))
         windows.append(context)
         targets.append(labels)
         observations, rewards, dones, _ = env.step(actions)
@@ -152,16 +154,20 @@ class _ReturnsToGo:
 def clone_behaviour(
     transformer: DecisionTransformer,
     demonstrations: Demonstrations,
+    form: ActionFormat,
     config: PretrainConfig,
     rng: np.random.Generator,
     max_force: float,
     progress: Callable[[int], None],
 ) -> PretrainInfo:
-    """Train all weights on the squared error in units of the labels' rms; sets the transformer's buffers.
+    """Train all weights on the squared error in units of the labels' rms, or on the cross-entropy of discrete actions.
+
+    Sets the transformer's buffers.
 
     Args:
         transformer: Trained in place.
         demonstrations: What to imitate.
+        form: What the outputs stand for.
         config: Sizes and learning rate.
         rng: Splits and shuffles.
         max_force: Newtons of an action of 1, NaN if unknown.
@@ -170,7 +176,9 @@ def clone_behaviour(
     order = rng.permutation(len(demonstrations))
     held_out = order[: max(1, len(order) // 10)]
     training = order[len(held_out) :] if len(order) > 1 else order
-    label_rms = np.sqrt(np.mean(np.square(demonstrations.target[training]), axis=0))
+    label_rms = np.ones(form.size)
+    if isinstance(form, ContinuousActions):
+        label_rms = np.sqrt(np.mean(np.square(demonstrations.target[training]), axis=0))
     if not (np.isfinite(label_rms) & (label_rms > 0)).all():
         raise ValueError(f"the expert's actions have the rms {label_rms}; they must be finite and not all zero")
     transformer.action_scale.copy_(torch.from_numpy(label_rms))
@@ -190,7 +198,8 @@ def clone_behaviour(
     transformer.train()
     for _ in range(config.steps):
         batch = torch.from_numpy(rng.choice(training, config.batch_size))
-        loss = _newest_error(transformer, [tensor[batch] for tensor in inputs], target[batch]).square().mean()
+        outputs = transformer(*(tensor[batch] for tensor in inputs))[:, -1]
+        loss = form.loss(outputs, target[batch], transformer.action_scale)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -200,15 +209,13 @@ def clone_behaviour(
     with torch.no_grad():
         some = training[:_CENTRING_SAMPLES]
         transformer.feature_mean.copy_(transformer.encode(*(tensor[some] for tensor in inputs))[:, -1].mean(0))
-        error = _newest_error(transformer, [tensor[held_out] for tensor in inputs], target[held_out])
-    rmse = float((error * transformer.action_scale).square().mean().sqrt())
-    return PretrainInfo(rmse, rmse * max_force, float(np.sqrt(np.mean(label_rms**2))), len(training))
-
-
-def _newest_error(transformer: DecisionTransformer, inputs: list[Tensor], target: Tensor) -> Tensor:
-    """Error of the newest action in units of the label rms, ``(B, action size)``."""
-    actions: Tensor = transformer(*inputs)[:, -1]
-    return (actions - target) / transformer.action_scale
+        guess = form.mean(transformer(*(tensor[held_out] for tensor in inputs))[:, -1])
+    rmse = float((guess - target[held_out]).square().mean().sqrt())
+    in_newtons, accuracy = rmse * max_force, float("nan")
+    if not isinstance(form, ContinuousActions):
+        accuracy = float((guess.argmax(-1) == target[held_out].argmax(-1)).double().mean())
+        in_newtons = float("nan")
+    return PretrainInfo(rmse, in_newtons, float(np.sqrt(np.mean(label_rms**2))), len(training), accuracy)
 
 
 def progress_bar(enabled: bool) -> Progress:

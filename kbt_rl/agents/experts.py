@@ -12,6 +12,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
+from kbt_rl.agents.actions import action_format
+
 Array = npt.NDArray[Any]
 Expert = BasePolicy | BaseAlgorithm | Callable[[Array], Array]
 
@@ -20,6 +22,8 @@ def as_labeller(
     expert: Expert, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
 ) -> Callable[[Array], Array]:
     """A function from observations ``(n, o)`` to labels ``(n, a)``, float64, unclipped where the expert offers that.
+
+    With discrete actions a label is a distribution over them; an expert may answer with actions ``(n,)`` instead.
 
     An expert with a method ``label`` (as ``LQRExpert``) is asked through it; other SB3 policies and algorithms through
     ``predict(deterministic=True)``; anything else is called.
@@ -45,14 +49,15 @@ def as_labeller(
         ask = expert
     else:
         raise TypeError(f"an expert is an SB3 policy or a function of observations; got {type(expert).__name__}")
-    size = int(np.prod(action_space.shape or ()))
+    form = action_format(action_space)
 
     def labeller(observations: Array) -> Array:
-        labels = np.asarray(ask(observations), dtype=np.float64)
-        if labels.shape != (len(observations), size):
+        answer = np.asarray(ask(observations))
+        labels = form.targets(answer)
+        if len(answer) != len(observations) or labels.shape != (len(observations), form.size):
             raise ValueError(
-                f"the expert answered {len(observations)} observations with shape {labels.shape}; expected "
-                f"{(len(observations), size)}"
+                f"the expert answered {len(observations)} observations with shape {answer.shape}; expected "
+                f"{(len(observations), form.size)}"
             )
         return labels
 
@@ -62,6 +67,12 @@ def as_labeller(
 def env_attribute(env: VecEnv, name: str, default: Any) -> Any:
     """An attribute of the first sub-environment, through its wrappers; ``default`` where there is none."""
     return env.get_attr(name, 0)[0] if env.has_attr(name) else default  # asking in vain kills a SubprocVecEnv's worker
+
+
+def force_levels(env: VecEnv) -> list[float] | None:
+    """Newtons that each discrete action stands for, which the environment may state as ``forces``; None if not."""
+    stated = env_attribute(env, "forces", None)
+    return None if stated is None else [float(force) for force in stated]
 
 
 def max_force(env: VecEnv) -> float:

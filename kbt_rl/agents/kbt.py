@@ -21,8 +21,12 @@ from kbt_rl.models.context import ContextWindow
 class KBTInfo(LearnerInfo):
     """What a Kalman update saw, in action units; variances are averages over rows and outputs before the update.
 
+    With discrete actions the innovation is that of the probabilities and the variances are those of the logits;
+    ``predictive_variance`` then adds the noise variance, which only the rules ``taylor`` and ``replace_softmax`` use.
+
     Attributes:
-        nis: Normalised innovation squared, chi-square with ``labels * action size`` degrees of freedom if calibrated.
+        nis: Normalised innovation squared, chi-square with ``labels * action size`` degrees of freedom if calibrated
+            (one less a label with discrete actions, whose probabilities sum to 1).
         epistemic_variance: From the weights.
         predictive_variance: From the weights and the label noise.
         smallest_variance: Smallest variance of a weight after the update, in the head's own units.

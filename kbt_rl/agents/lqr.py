@@ -14,10 +14,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
+from kbt_rl.agents.levels import ForceLevels
 from kbt_rl.envs.inverted_pendulum import FloatArray, InvertedPendulumParams, linearize
 
 AnyEnv = gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
 Params = tuple[InvertedPendulumParams, ...]
+# Two levels chatter about the plane where the regulator's force is 0. The state slides along it to the origin, with
+# R = 1 too slowly to arrive within 10 s from every start.
+_DISCRETE_FORCE_COST = 0.1
 
 
 def lqr_gain(
@@ -53,12 +57,16 @@ def lqr_gain(
 class LQRExpert(BasePolicy):
     """Linear state feedback ``action = -gain @ observation / max_force``; usually made by :meth:`for_env`.
 
+    With discrete actions it chooses the force level nearest to ``-gain @ observation``, and its labels are
+    distributions over the levels, see :class:`~kbt_rl.agents.levels.ForceLevels`.
+
     Args:
         observation_space: ``Box`` of shape (4,).
-        action_space: ``Box`` of shape (1,).
+        action_space: ``Box`` of shape (1,), or ``Discrete`` with one action a force level.
         gain: ``(1, 4)``, newtons per unit of the state; the force is minus the gain times the state.
         max_force: Newtons that an action of 1 stands for.
         params: The plant that the gain is for, if known.
+        levels: The force levels of discrete actions; None for a continuous force.
     """
 
     def __init__(
@@ -68,14 +76,11 @@ class LQRExpert(BasePolicy):
         gain: npt.ArrayLike,
         max_force: float,
         params: InvertedPendulumParams | None = None,
+        levels: ForceLevels | None = None,
     ) -> None:
-        if observation_space.shape != (4,) or action_space.shape != (1,) or not isinstance(action_space, spaces.Box):
-            raise ValueError(
-                "the expert observes [x, x_dot, theta, theta_dot] and acts by one force: it needs boxes of shapes (4,) "
-                f"and (1,), got {observation_space} and {action_space}"
-            )
+        _check_spaces(observation_space, action_space, levels)
         super().__init__(observation_space, action_space)
-        self._box = action_space
+        self.levels = levels
         self._gain = _check_gain(gain)
         self._params = params
         self._tracker: _GainTracker | None = None
@@ -83,7 +88,13 @@ class LQRExpert(BasePolicy):
 
     @classmethod
     def for_env(
-        cls, env: AnyEnv, Q: npt.ArrayLike | None = None, R: npt.ArrayLike | None = None, *, tracking: bool = False
+        cls,
+        env: AnyEnv,
+        Q: npt.ArrayLike | None = None,
+        R: npt.ArrayLike | None = None,
+        *,
+        tracking: bool = False,
+        temperature: float | None = None,
     ) -> LQRExpert:
         """Make the expert of an environment's plant.
 
@@ -91,23 +102,26 @@ class LQRExpert(BasePolicy):
             env: An inverted pendulum: a Gymnasium environment or vector environment, wrapped or not, or a VecEnv of
                 Stable-Baselines3. It must give unscaled observations.
             Q: State cost, see :func:`lqr_gain`.
-            R: Force cost, see :func:`lqr_gain`.
+            R: Force cost, see :func:`lqr_gain`; 1 by default, 0.1 with discrete actions.
             tracking: False: the gain is for the parameters that the environment has now. True: the expert holds a
                 reference to the environment, looks at its parameters at every call and solves again where they have
                 changed; the rows of a batch as long as ``num_envs`` may then have different plants.
+            temperature: Of the labels with discrete actions, N: 0 for the nearest level alone, None for 4/3 of the
+                largest level, which teaches an online learner most.
 
         Returns:
             The expert. Saving one that tracks saves its current gain.
         """
-        tracker = _GainTracker(env, Q, R)
         observation_space, action_space = _single_spaces(env)
+        levels = _levels(env, action_space, temperature)
+        tracker = _GainTracker(env, Q, _DISCRETE_FORCE_COST if R is None and levels is not None else R)
         max_force = _common(tuple(params.max_force for params in tracker.params), "max_force")
         if tracking:
-            expert = cls(observation_space, action_space, tracker.gains[0], max_force)
+            expert = cls(observation_space, action_space, tracker.gains[0], max_force, levels=levels)
             expert._tracker = tracker
             return expert
         params = _common(tracker.params, "parameters")
-        return cls(observation_space, action_space, tracker.gains[0], max_force, params)
+        return cls(observation_space, action_space, tracker.gains[0], max_force, params, levels)
 
     @property
     def tracking(self) -> bool:
@@ -129,20 +143,25 @@ class LQRExpert(BasePolicy):
         return np.array(gains[0])
 
     def label(self, observations: npt.ArrayLike) -> FloatArray:
-        """The expert's actions, not clipped to the action space, in float64.
+        """The expert's actions, not clipped to the action space, or the probabilities of discrete ones, in float64.
 
         Args:
             observations: ``(n, 4)`` or ``(4,)``.
 
         Returns:
-            ``(n, 1)`` or ``(1,)``.
+            ``(n, 1)`` or ``(1,)``; with discrete actions ``(n, levels)`` or ``(levels,)``, each row a distribution.
 
         Raises:
             ValueError: The observations have another shape or are not finite.
         """
+        forces = self._forces(observations)
+        return forces / self.max_force if self.levels is None else self.levels.label(forces[..., 0])
+
+    def _forces(self, observations: npt.ArrayLike) -> FloatArray:
+        """The regulator's forces, ``(n, 1)`` or ``(1,)``, in newtons."""
         states = _check_observations(observations)
         forces: FloatArray = -np.einsum("...ij,...j->...i", self._gains_for(states), states)
-        return forces / self.max_force
+        return forces
 
     def predict(
         self,
@@ -151,7 +170,7 @@ class LQRExpert(BasePolicy):
         episode_start: npt.NDArray[Any] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
-        """The expert's actions, clipped to the action space and in its dtype.
+        """The expert's actions, clipped to the action space and in its dtype; of discrete actions the nearest level.
 
         Args:
             observation: ``(n, 4)`` or ``(4,)``.
@@ -160,21 +179,26 @@ class LQRExpert(BasePolicy):
             deterministic: Not used: the expert always is.
 
         Returns:
-            Actions, ``(n, 1)`` or ``(1,)``, and ``state``.
+            Actions, ``(n, 1)`` or ``(1,)`` (discrete ones ``(n,)`` or ``()``), and ``state``.
         """
         if isinstance(observation, tuple | dict):
             raise ValueError(
                 f"the expert takes an array, got a {type(observation).__name__}: Gymnasium's reset() returns "
                 "(observation, info), of which predict takes the first"
             )
-        actions = np.clip(self.label(observation), self._box.low, self._box.high)
-        return actions.astype(self._box.dtype), state
+        if self.levels is not None:
+            return self.levels.nearest(self._forces(observation)[..., 0]), state
+        box = self.action_space
+        assert isinstance(box, spaces.Box)
+        return np.clip(self.label(observation), box.low, box.high).astype(box.dtype), state
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if not isinstance(observation, th.Tensor):
             raise ValueError(f"the expert takes a tensor, got a {type(observation).__name__}")
-        actions = self.label(observation.detach().cpu().numpy())
-        return th.as_tensor(actions.astype(self._box.dtype), device=observation.device)
+        forces = self._forces(observation.detach().cpu().numpy())
+        if self.levels is not None:
+            return th.as_tensor(self.levels.nearest(forces[..., 0]), device=observation.device)
+        return th.as_tensor((forces / self.max_force).astype(self.action_space.dtype), device=observation.device)
 
     def _gains_for(self, states: FloatArray) -> FloatArray:
         """Gain of each row, ``(n, 1, 4)``, or the one for all, ``(1, 4)``."""
@@ -198,6 +222,7 @@ class LQRExpert(BasePolicy):
             "gain": self.gain,
             "max_force": self.max_force,
             "params": self.params,
+            "levels": self.levels,
         }
 
 
@@ -244,6 +269,38 @@ def _single_spaces(env: AnyEnv) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
     if isinstance(env, VectorEnv):
         return env.single_observation_space, env.single_action_space
     return env.observation_space, env.action_space
+
+
+def _levels(env: AnyEnv, action_space: spaces.Space[Any], temperature: float | None) -> ForceLevels | None:
+    """The force levels of an environment with discrete actions, None if a force is continuous."""
+    if not isinstance(action_space, spaces.Discrete):
+        if temperature is not None:
+            raise ValueError(
+                f"temperature is for discrete actions and the action space is {action_space}; leave it out"
+            )
+        return None
+    try:
+        if isinstance(env, VecEnv):
+            forces: Any = _common(tuple(env.get_attr("forces")), "forces")
+        else:
+            base: Any = env.unwrapped
+            forces = _common(base.get_attr("forces"), "forces") if hasattr(base, "get_attr") else base.forces
+    except AttributeError as error:
+        raise TypeError(f"the expert needs an inverted pendulum, whose .forces it reads; {env} has none") from error
+    return ForceLevels.soft(forces) if temperature is None else ForceLevels(forces, temperature)
+
+
+def _check_spaces(
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], levels: ForceLevels | None
+) -> None:
+    fits = isinstance(action_space, spaces.Box) and action_space.shape == (1,) and levels is None
+    if levels is not None:
+        fits = isinstance(action_space, spaces.Discrete) and action_space == spaces.Discrete(len(levels.forces))
+    if observation_space.shape != (4,) or not fits:
+        raise ValueError(
+            "the expert observes [x, x_dot, theta, theta_dot] and acts by one force: it needs boxes of shapes (4,) and "
+            f"(1,), or Discrete actions and as many levels, got {observation_space}, {action_space} and {levels}"
+        )
 
 
 def _common(values: tuple[Any, ...], what: str) -> Any:

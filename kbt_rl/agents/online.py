@@ -27,10 +27,10 @@ from torch import Tensor
 
 from kbt_rl.agents import behaviour_cloning as cloning
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
-from kbt_rl.agents.experts import Expert, as_labeller, env_attribute, max_force
+from kbt_rl.agents.experts import Expert, as_labeller, env_attribute, force_levels, max_force
 from kbt_rl.agents.policies import DecisionTransformerPolicy, TransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled_rows
-from kbt_rl.models.context import ContextWindow, with_action
+from kbt_rl.models.context import ContextWindow
 
 Self = TypeVar("Self", bound="OnlineAlgorithm")
 
@@ -83,13 +83,14 @@ class OnlineAlgorithm(BaseAlgorithm):
             monitor_wrapper=True,
             seed=seed,
             device=device,
-            supported_action_spaces=(spaces.Box,),
+            supported_action_spaces=(spaces.Box, spaces.Discrete),
         )
         if n_steps < 1:
             raise ValueError(f"n_steps is {n_steps}; the log is written after at least 1 step")
         self.n_steps = n_steps
         self.label_space: spaces.Box | None = None
         self.max_force = float("nan")
+        self.forces: list[float] | None = None  # a list, as it comes back from a file
         self.pretrain_info: PretrainInfo | None = None
         self.labels_used = 0
         # The state of the label stream lives here rather than in a callback, so that it is saved with the model.
@@ -101,7 +102,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         self._features: Tensor | None = None
         if self.env is not None:
             self.label_space = _label_space(self.env)
-            self.max_force = max_force(self.env)
+            self.max_force, self.forces = max_force(self.env), force_levels(self.env)
         if _init_setup_model:
             self._setup_model()
 
@@ -147,7 +148,7 @@ class OnlineAlgorithm(BaseAlgorithm):
             self.policy.check_context(context)
             if sample.features is None:  # else it was checked when it was encoded
                 self.policy.check_observations(context.newest)
-        target = np.atleast_2d(np.asarray(sample.target, dtype=np.float64))
+        target = self.policy.actions.targets(sample.target)
         rows = labelled_rows(target, sample.mask, len(context.timesteps), self.policy.action_size)
         if len(rows) == 0:
             return self.info_type(labels=0, innovation=float("nan"))
@@ -172,7 +173,8 @@ class OnlineAlgorithm(BaseAlgorithm):
         """Clone an expert: on i.i.d. states of the label box, or on its episodes if the context is longer than one.
 
         Args:
-            expert: An SB3 policy or algorithm, or a callable from observations ``(n, o)`` to actions ``(n, a)``.
+            expert: An SB3 policy or algorithm, or a callable from observations ``(n, o)`` to actions ``(n, a)``; with
+                discrete actions to actions ``(n,)`` or to distributions over them.
             config: Sizes and learning rate.
             progress_bar: Draw a progress bar; None if the terminal can.
 
@@ -182,12 +184,12 @@ class OnlineAlgorithm(BaseAlgorithm):
         config = PretrainConfig() if config is None else config
         labeller = as_labeller(expert, self.observation_space, self.action_space)
         rng = np.random.default_rng(self.seed)
-        length, action_size = self.policy.transformer_config.context_length, self.policy.action_size
+        length, form = self.policy.transformer_config.context_length, self.policy.actions
         shown = sys.stdout.isatty() if progress_bar is None else progress_bar
         with cloning.progress_bar(shown) as bar:
             if length == 1 and self.policy.transformer_config.target_return is None:
                 box = self._require_label_space()
-                data = cloning.box_demonstrations(labeller, box, config.samples, rng, length, action_size)
+                data = cloning.box_demonstrations(labeller, box, config.samples, rng, length, form.size)
             else:
                 if self.env is None:
                     raise ValueError("pre-training with a longer context drives episodes; pass an env or call set_env")
@@ -198,7 +200,7 @@ class OnlineAlgorithm(BaseAlgorithm):
                 self._last_obs = self._context = None  # the expert has moved the environment on
             steps = bar.add_task("behaviour cloning", total=config.steps)
             info = cloning.clone_behaviour(
-                self.policy.transformer, data, config, rng, self.max_force, lambda n: bar.advance(steps, n)
+                self.policy.transformer, data, form, config, rng, self.max_force, lambda n: bar.advance(steps, n)
             )
         self.policy.set_training_mode(False)
         self.pretrain_info, self.labels_used = info, 0
@@ -221,7 +223,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         if self.env is not None:
             other._check_action_scale(self.env)
         self.policy.transformer.load_state_dict(other.policy.transformer.state_dict())
-        self.label_space, self.max_force = other.label_space, other.max_force
+        self.label_space, self.max_force, self.forces = other.label_space, other.max_force, other.forces
         self.pretrain_info, self.labels_used = other.pretrain_info, 0
         self.strategy_state.clear()
         self._after_pretraining()
@@ -279,7 +281,7 @@ class OnlineAlgorithm(BaseAlgorithm):
             new_obs, rewards, dones, infos = self.env.step(actions)
             assert isinstance(new_obs, np.ndarray)
             self.num_timesteps += self.env.num_envs
-            context = self.policy.advance(with_action(self._context, actions), new_obs, dones)
+            context = self.policy.advance(self.policy.with_action(self._context, actions), new_obs, dones)
             features = self.policy.encode(context)
             self._context, self._features = context, features
             callback.update_locals(locals())
@@ -328,7 +330,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         The context of the running episodes is dropped.
 
         Raises:
-            ValueError: Other spaces, or an action of 1 stands for another force than the policy was trained with.
+            ValueError: Other spaces, or an action stands for another force than the policy was trained with.
         """
         wrapped = self._wrap_env(env, self.verbose)
         check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
@@ -343,9 +345,16 @@ class OnlineAlgorithm(BaseAlgorithm):
             self.label_space = _label_space(wrapped)
         if not np.isfinite(self.max_force):
             self.max_force = max_force(wrapped)
+        self.forces = force_levels(wrapped) if self.forces is None else self.forces
 
     def _check_action_scale(self, env: VecEnv) -> None:
-        """Raise ValueError if an action of 1 stands for another force in ``env`` than the policy was trained with."""
+        """Raise ValueError if an action stands for another force in ``env`` than the policy was trained with."""
+        levels = force_levels(env)
+        if self.forces is not None and levels is not None and levels != self.forces:
+            raise ValueError(
+                f"the actions are the forces {levels} N in the new environment and {self.forces} N in the one the "
+                f"policy was trained in; make the environment with forces={self.forces}"
+            )
         found = max_force(env)
         if np.isfinite(self.max_force) and np.isfinite(found) and found != self.max_force:
             raise ValueError(

@@ -16,22 +16,29 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
+from kbt_rl.agents.actions import action_format
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.models.context import ContextWindow, advance_window, start_window, with_action
+from kbt_rl.models.context import ContextWindow, advance_window, start_window
+from kbt_rl.models.context import with_action as with_remembered
 from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
 
 Sampling = Literal["epistemic", "predictive"]
 Array = npt.NDArray[Any]
+
+# Labels of discrete actions say less than forces do, so that a stiffer prior learns too slowly; with so wide a prior
+# the one step of the rule "fisher" overshoots.
+DISCRETE_HEAD = HeadConfig(rule="laplace", last_variance=100.0)
 
 
 class ActionMoments(NamedTuple):
     """Distribution of the expert's action for each observation, in action units.
 
     Attributes:
-        mean: ``(n, action size)``.
+        mean: ``(n, action size)``; the probability of each action if they are discrete.
         epistemic: Covariance from what the weights do not know, ``(n, action size, action size)``.
-        aleatoric: Covariance of the label noise, of the same shape.
+        aleatoric: Covariance of the label noise, or of the choice of a discrete action (one-hot) with these
+            probabilities, of the same shape.
     """
 
     mean: Array
@@ -44,7 +51,7 @@ class TransformerPolicy(BasePolicy):
 
     Args:
         observation_space: A flat, finite ``Box``.
-        action_space: A flat ``Box``.
+        action_space: A flat ``Box``, or ``Discrete``, whose actions the transformer gives logits of.
         lr_schedule: Ignored; SB3 passes it to every policy.
         transformer: Size and context.
         observation_scale: What observations are divided by, ``(observation size,)``; 1 if None.
@@ -53,7 +60,7 @@ class TransformerPolicy(BasePolicy):
     def __init__(
         self,
         observation_space: spaces.Box,
-        action_space: spaces.Box,
+        action_space: spaces.Box | spaces.Discrete,
         lr_schedule: Schedule | None = None,
         *,
         transformer: DecisionTransformerConfig | None = None,
@@ -62,10 +69,10 @@ class TransformerPolicy(BasePolicy):
     ) -> None:
         _check_keywords(type(self).__name__, unknown)
         _check_box("observation space", observation_space)
-        _check_box("action space", action_space)
+        self.actions = action_format(action_space)
         super().__init__(observation_space, action_space)
         self.observation_size = observation_space.shape[0]
-        self.action_size = action_space.shape[0]
+        self.action_size = self.actions.size
         self.transformer_config = DecisionTransformerConfig() if transformer is None else transformer
         self.transformer = DecisionTransformer(self.observation_size, self.action_size, self.transformer_config)
         self._given_scale = None if observation_scale is None else np.asarray(observation_scale, dtype=np.float32)
@@ -106,15 +113,16 @@ class TransformerPolicy(BasePolicy):
             return self.transformer.encode(observations, actions, timesteps)[:, -1]
 
     def act(self, features: Tensor) -> Array:
-        """Mean actions for encoded contexts, ``(n, action size)``, unclipped float64."""
+        """Mean actions for encoded contexts, ``(n, action size)``, unclipped float64; or probabilities."""
         with torch.inference_mode():
             scaled = self.transformer.linear(features) * self.transformer.action_scale
-            actions: Array = scaled.double().cpu().numpy()
+            actions: Array = self.actions.mean(scaled.double()).cpu().numpy()
             return actions
 
     def sample_actions(self, features: Tensor) -> Array:
-        """Actions when ``deterministic=False``; this policy has no distribution, so they are the same."""
-        return self.act(features)
+        """What to act on when ``deterministic=False``: one-hot draws of discrete actions, else the mean once more."""
+        means = self.act(features)
+        return means if self.actions.link == "identity" else _drawn(torch.from_numpy(means))
 
     def predict(
         self,
@@ -129,7 +137,7 @@ class TransformerPolicy(BasePolicy):
             observation: ``(observation size,)`` or ``(n, observation size)``.
             state: What the previous call returned; None at the start.
             episode_start: Rows whose episode begins with this observation, ``(n,)``; None for none.
-            deterministic: The mean if set, else a sample.
+            deterministic: The mean, or the most probable of discrete actions, if set; else a sample.
 
         Returns:
             Actions inside the action space, and the contexts that belong to them, a ``ContextWindow``.
@@ -150,13 +158,16 @@ class TransformerPolicy(BasePolicy):
         features = self.encode(context)
         raw = self.act(features) if deterministic else self.sample_actions(features)
         actions = self.clip(raw)
-        context = with_action(context, actions)
+        context = self.with_action(context, actions)
         return (actions[0] if array.ndim == 1 else actions), context
 
     def clip(self, actions: Array) -> Array:
-        """Actions cut to the action space, in its dtype."""
-        assert isinstance(self.action_space, spaces.Box)
-        return np.clip(actions, self.action_space.low, self.action_space.high).astype(self.action_space.dtype)
+        """Means as actions of the space: cut to a ``Box``, in its dtype; the most probable of discrete ones."""
+        return self.actions.decide(actions)
+
+    def with_action(self, context: ContextWindow, actions: Array) -> ContextWindow:
+        """The same context with the newest actions of the environment filled in."""
+        return with_remembered(context, self.actions.remember(actions))
 
     def check_observations(self, observations: Array) -> Array:
         """Observations as ``(n, observation size)`` float32, or an error that says what came."""
@@ -221,22 +232,24 @@ class DecisionTransformerPolicy(TransformerPolicy):
     """A decision transformer whose last linear layer is a Gaussian posterior (the paper's ``T2``).
 
     ``predict(..., deterministic=True)`` returns the mean; else a sample of the epistemic distribution, or of the
-    predictive one (label noise included) with ``sampling="predictive"``.
+    predictive one (label noise included) with ``sampling="predictive"``. Of discrete actions these are the most
+    probable one at the mean logits; the most probable one at sampled logits; one drawn at sampled logits.
 
     Args:
         observation_space: A flat, finite ``Box``.
-        action_space: A flat ``Box``.
+        action_space: A flat ``Box``, or ``Discrete``, whose actions the transformer gives logits of.
         lr_schedule: Ignored; SB3 passes it to every policy.
         transformer: Size and context.
         observation_scale: What observations are divided by, ``(observation size,)``; 1 if None.
-        head: Depth, prior and output rule; variances are in units of the squared rms of the pre-training labels.
+        head: Depth, prior and output rule; variances are in units of the squared rms of the pre-training labels, or of
+            the logits for discrete actions, whose default is ``DISCRETE_HEAD`` (rule ``laplace``).
         sampling: What ``deterministic=False`` samples from.
     """
 
     def __init__(
         self,
         observation_space: spaces.Box,
-        action_space: spaces.Box,
+        action_space: spaces.Box | spaces.Discrete,
         lr_schedule: Schedule | None = None,
         *,
         transformer: DecisionTransformerConfig | None = None,
@@ -255,10 +268,13 @@ class DecisionTransformerPolicy(TransformerPolicy):
         )
         if sampling not in ("epistemic", "predictive"):
             raise ValueError(f"sampling is {sampling!r}; choose 'epistemic' or 'predictive'")
-        self.head_config, self.sampling = (HeadConfig() if head is None else head), sampling
-        if self.head_config.link != "identity":
+        default = HeadConfig() if self.actions.link == "identity" else DISCRETE_HEAD
+        self.head_config, self.sampling = (default if head is None else head), sampling
+        if self.head_config.link != self.actions.link:
+            kind, rule = ("continuous", "measure") if self.actions.link == "identity" else ("discrete", "laplace")
             raise ValueError(
-                f"rule {self.head_config.rule!r} has a softmax link and the action space is continuous; use 'measure'"
+                f"rule {self.head_config.rule!r} has a {self.head_config.link} link and the action space is {kind}; "
+                f"use {rule!r}"
             )
         self.head = BayesianHead(self.transformer_config.width, self.action_size, self.head_config)
         self.reset_head()
@@ -277,22 +293,22 @@ class DecisionTransformerPolicy(TransformerPolicy):
         )
 
     def act(self, features: Tensor) -> Array:
-        """Posterior mean of the action, ``(n, action size)``, unclipped float64."""
+        """Posterior mean of the action, ``(n, action size)``, unclipped float64; probabilities of discrete ones."""
         with torch.inference_mode():
             mean: Array = self.head(features).cpu().numpy()
             return mean
 
     def sample_actions(self, features: Tensor) -> Array:
         """One sample a row from the epistemic or the predictive distribution, unclipped."""
+        if self.actions.link == "softmax":
+            logits = self.head.predict_logits(features)
+            sampled = torch.softmax(_gaussian_sample(logits.mean, logits.cov), dim=-1)
+            return _drawn(sampled) if self.sampling == "predictive" else sampled.cpu().numpy()
         prediction = self.head.predict(features)
         cov = prediction.epistemic
         if self.sampling == "predictive":
             cov = cov + prediction.aleatoric
-        values, vectors = torch.linalg.eigh(cov)
-        # Rounding leaves eigenvalues of a singular covariance a little below 0; they have no spread to sample.
-        root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
-        noise = torch.randn(prediction.mean.shape, dtype=torch.float64).to(root.device)
-        actions: Array = (prediction.mean + (root @ noise.unsqueeze(-1)).squeeze(-1)).cpu().numpy()
+        actions: Array = _gaussian_sample(prediction.mean, cov).cpu().numpy()
         return actions
 
     def predict_moments(self, observation: Array | ContextWindow) -> ActionMoments:
@@ -312,6 +328,23 @@ class DecisionTransformerPolicy(TransformerPolicy):
             context = self.start(np.atleast_2d(np.asarray(observation)))
         prediction = self.head.predict(self.encode(context))
         return ActionMoments(*(part.cpu().numpy() for part in prediction))
+
+
+def _gaussian_sample(mean: Tensor, cov: Tensor) -> Tensor:
+    """One sample of each row's distribution: mean ``(n, a)``, covariance ``(n, a, a)``."""
+    values, vectors = torch.linalg.eigh(cov)
+    # Rounding leaves eigenvalues of a singular covariance a little below 0; they have no spread to sample.
+    root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+    noise = torch.randn(mean.shape, dtype=torch.float64).to(root.device)
+    sample: Tensor = mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
+    return sample
+
+
+def _drawn(probabilities: Tensor) -> Array:
+    """One-hot rows ``(n, size)`` of actions drawn with these probabilities."""
+    classes = torch.multinomial(probabilities, 1).squeeze(-1)
+    drawn: Array = torch.nn.functional.one_hot(classes, probabilities.shape[-1]).double().cpu().numpy()
+    return drawn
 
 
 def _as_window(state: tuple[Array, ...]) -> ContextWindow:

@@ -22,7 +22,8 @@ class Sample(NamedTuple):
         context: The ``state`` that ``predict`` returned, or plain observations ``(n, observation size)`` or
             ``(observation size,)``, which stand for the first step of an episode.
         target: Expert actions ``(n, action size)`` or ``(action size,)``, in the units of the action space and never
-            clipped. A row with NaN has no label.
+            clipped. A row with NaN has no label. With discrete actions: actions ``(n,)`` or ``()`` of an integer type,
+            or distributions over the actions, ``(n, actions)`` or ``(actions,)``.
         mask: Rows to learn from, ``(n,)``; None for all that have a label.
         features: Encoded ``context``, ``(n, width)``, where the caller has it; saves the encoder's forward pass.
     """
@@ -35,7 +36,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class LearnerInfo:
-    """What every learner tells of an update, in action units.
+    """What every learner tells of an update, in action units, or in probabilities of discrete actions.
 
     Attributes:
         labels: Rows that had a label and were used.

@@ -25,7 +25,8 @@ class WarmStartInfo(LearnerInfo):
     Attributes:
         memory: Samples waiting for the next training.
         trainings: How often the network was retrained by this update.
-        loss: Mean squared error of the last epoch in units of the label rms; NaN without a training.
+        loss: Mean squared error of the last epoch in units of the label rms, or the cross-entropy of discrete actions;
+            NaN without a training.
     """
 
     memory: int = 0
@@ -118,12 +119,12 @@ class WarmStart(OnlineAlgorithm):
         contexts, targets = zip(*self._stored, strict=True)
         inputs = [torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in zip(*contexts, strict=True)]
         transformer = self.policy.transformer
-        target = torch.from_numpy(np.concatenate(targets)).to(self.device, torch.float32) / transformer.action_scale
+        target = torch.from_numpy(np.concatenate(targets)).to(self.device, torch.float32)
         fused = self.device.type in ("cpu", "cuda")  # a quarter less time for a network of this size
         optimiser = torch.optim.Adam(transformer.parameters(), lr=self.step_size, fused=fused)
         transformer.train()
         for _ in range(self.epochs):
-            loss = (transformer(*inputs)[:, -1] / transformer.action_scale - target).square().mean()
+            loss = self.policy.actions.loss(transformer(*inputs)[:, -1], target, transformer.action_scale)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

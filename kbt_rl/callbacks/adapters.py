@@ -33,7 +33,8 @@ class OnlineAdapter(BaseCallback):
 
     Args:
         expert: An SB3 policy or algorithm, or a callable from observations ``(n, o)`` to actions ``(n, a)``; a row of
-            NaN means no label. None if the stream brings labels.
+            NaN means no label. With discrete actions it answers with actions ``(n,)`` or distributions over them
+            ``(n, a)``. None if the stream brings labels.
         stream: ``"iid"`` (uniform in the label box, one label per environment step, as in the paper), ``"visited"``
             (the states of the rollout), ``"uncertain"`` (the most uncertain of a pool of i.i.d. states), or a
             ``SampleStream``.
@@ -185,7 +186,7 @@ class KalmanAdapter(OnlineAdapter):
         assert isinstance(info, KBTInfo)
         self.logger.record_mean("kalman/predictive_variance", info.predictive_variance)
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
-        self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.action_size))
+        self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.actions.degrees_of_freedom))
         self.logger.record("kalman/smallest_variance", info.smallest_variance)
         if self.strategy is not None:
             self.strategy.after_update(self.model, info)

@@ -1,5 +1,11 @@
 """Gymnasium environments: the inverted pendulum, alone and vectorised. Imports numpy and gymnasium only."""
 
+from kbt_rl.envs.discrete import (
+    FIVE_FORCES,
+    TWO_FORCES,
+    DiscreteInvertedPendulumEnv,
+    DiscreteInvertedPendulumVectorEnv,
+)
 from kbt_rl.envs.inverted_pendulum import (
     DT,
     LABEL_BOX,
@@ -22,6 +28,7 @@ from kbt_rl.envs.vector import InvertedPendulumVectorEnv
 
 __all__ = [
     "DT",
+    "FIVE_FORCES",
     "LABEL_BOX",
     "NOMINAL",
     "OBSERVATION_BOX",
@@ -29,6 +36,9 @@ __all__ = [
     "SETTLED_BOX",
     "SHIFTED",
     "START_BOX",
+    "TWO_FORCES",
+    "DiscreteInvertedPendulumEnv",
+    "DiscreteInvertedPendulumVectorEnv",
     "InvertedPendulumEnv",
     "InvertedPendulumParams",
     "InvertedPendulumVectorEnv",

@@ -344,7 +344,7 @@ class InvertedPendulumEnv(gym.Env[npt.NDArray[Any], npt.NDArray[Any]]):
     def step(self, action: npt.ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Hold a force for 0.02 s. Steps after the end of an episode stay terminated and unsuccessful."""
         state = self._current_state()
-        self._force = self._params.max_force * check_action(action, (1,)).item()
+        self._force = self._force_of(action)
         cost = float(stage_cost(state, self._force))
         self._state = rk4_step(state, self._force, self._params)
         self._time += DT
@@ -379,6 +379,10 @@ class InvertedPendulumEnv(gym.Env[npt.NDArray[Any], npt.NDArray[Any]]):
         if self._state is None:
             raise gym.error.ResetNeeded("call reset() before step(), render() or reading the state")
         return self._state
+
+    def _force_of(self, action: npt.ArrayLike) -> float:
+        """The force in newtons that an action stands for."""
+        return self._params.max_force * check_action(action, (1,)).item()
 
     def _info(self, cost: float) -> dict[str, Any]:
         success = not self._fallen and bool(is_settled(self._current_state()))

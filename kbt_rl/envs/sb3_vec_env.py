@@ -14,10 +14,13 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
+from kbt_rl.envs.discrete import DiscreteInvertedPendulumVectorEnv
 from kbt_rl.envs.inverted_pendulum import InvertedPendulumParams
 from kbt_rl.envs.vector import InvertedPendulumVectorEnv
 
-_VECTOR_FORM = f"{InvertedPendulumVectorEnv.__module__}:{InvertedPendulumVectorEnv.__name__}"
+_VECTOR_FORMS = {
+    f"{form.__module__}:{form.__name__}" for form in (InvertedPendulumVectorEnv, DiscreteInvertedPendulumVectorEnv)
+}
 _DYNAMICS = tuple(InvertedPendulumParams().dynamics)
 
 
@@ -28,13 +31,13 @@ class InvertedPendulumSB3VecEnv(VecEnv):
     environments: ``terminal_observation``, ``TimeLimit.truncated``, ``is_success`` and, at the end, ``episode``.
 
     Args:
-        env_id: ``kbt_rl/InvertedPendulum-v0`` or ``kbt_rl/ShiftedInvertedPendulum-v0``.
+        env_id: ``kbt_rl/InvertedPendulum-v0`` or another id of this package.
         num_envs: Number of sub-environments.
         **kwargs: Further arguments of :class:`~kbt_rl.envs.InvertedPendulumVectorEnv`, such as ``pole_mass``.
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, **kwargs: Any) -> None:
-        if gym.spec(env_id).vector_entry_point != _VECTOR_FORM:
+        if gym.spec(env_id).vector_entry_point not in _VECTOR_FORMS:
             raise TypeError(f"{env_id} is not an inverted pendulum; use make_vec_env of Stable-Baselines3 for it")
         envs = gym.make_vec(env_id, num_envs=num_envs, autoreset_mode=AutoresetMode.SAME_STEP.value, **kwargs)
         assert isinstance(envs, InvertedPendulumVectorEnv)
@@ -56,7 +59,7 @@ class InvertedPendulumSB3VecEnv(VecEnv):
         return observations
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
-        """Keep the actions, ``(n, 1)``, for :meth:`step_wait`."""
+        """Keep the actions, ``(n, 1)``, or ``(n,)`` if they are discrete, for :meth:`step_wait`."""
         self._actions = actions
 
     def step_wait(

@@ -177,7 +177,7 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
             Observations ``(n, 4)``, rewards, terminations, truncations, each ``(n,)``, and infos.
         """
         state = self._current_state()
-        self._force = self._params[0].max_force * check_action(actions, (self.num_envs, 1))[:, 0]
+        self._force = self._forces_of(actions)
         cost = stage_cost(state, self._force)
         reward = 1.0 / (1.0 + cost)
         self._state = rk4_step(state, self._force, self._plant)
@@ -215,6 +215,10 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         if self._state is None:
             raise gym.error.ResetNeeded("call reset() before step(), render() or reading the state")
         return self._state
+
+    def _forces_of(self, actions: npt.ArrayLike) -> FloatArray:
+        """The forces in newtons, ``(n,)``, that actions stand for."""
+        return self._params[0].max_force * check_action(actions, (self.num_envs, 1))[:, 0]
 
     def _generator(self, index: int) -> np.random.Generator:
         generator = self._generators[index]

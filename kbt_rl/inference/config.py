@@ -23,7 +23,8 @@ class HeadConfig:
         layers: Number of linear layers, ReLU between them; 1 is exact Bayesian linear regression.
         width: Hidden units, at least twice the features, which is the default.
         structure: ``joint``, ``layer``, ``neuron``, ``diagonal``, or ``auto``: joint up to 4,000 weights, layer above.
-        rule: ``measure`` or ``replace`` (identity link), ``fisher``, ``taylor`` or ``replace_softmax`` (softmax link).
+        rule: ``measure`` or ``replace`` (identity link), ``fisher``, ``laplace``, ``taylor`` or ``replace_softmax``
+            (softmax link).
         noise_variance: Variance of the label noise; for ``replace`` the paper's Sigma_data. With ``noise="learned"``
             see ``noise_start`` instead.
         hidden_variance: Prior variance of the hidden layers' weights.
