@@ -109,7 +109,8 @@ class KalmanAdapter(OnlineAdapter):
 
     Logs besides: ``kalman/predictive_variance`` and ``kalman/epistemic_variance`` (action units squared, mean over the
     updates since the last write), ``kalman/nis`` (normalised innovation squared per scalar label: 1 on average if the
-    variances are right) and ``kalman/smallest_variance``.
+    variances are right) and ``kalman/smallest_variance``. Where the noise is learned or wild labels are expected, also
+    ``kalman/noise_variance`` (action units squared, mean over the actions) and ``kalman/label_weight``.
     """
 
     model: KBT
@@ -128,3 +129,6 @@ class KalmanAdapter(OnlineAdapter):
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
         self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.action_size))
         self.logger.record("kalman/smallest_variance", info.smallest_variance)
+        if self.model.policy.head.noise_model is not None:
+            self.logger.record_mean("kalman/noise_variance", info.predictive_variance - info.epistemic_variance)
+            self.logger.record_mean("kalman/label_weight", info.label_weight)
