@@ -30,12 +30,14 @@ class KBTInfo(LearnerInfo):
         epistemic_variance: From the weights.
         predictive_variance: From the weights and the label noise.
         smallest_variance: Smallest variance of a weight after the update, in the head's own units.
+        label_weight: What the labels counted for where wild ones are expected (``HeadConfig.robust_dof``).
     """
 
     nis: float = float("nan")
     epistemic_variance: float = float("nan")
     predictive_variance: float = float("nan")
     smallest_variance: float = float("nan")
+    label_weight: float = 1.0
 
 
 class KBT(OnlineAlgorithm):
@@ -101,4 +103,5 @@ class KBT(OnlineAlgorithm):
             epistemic_variance=info.epistemic_variance * unit,
             predictive_variance=info.predictive_variance * unit,
             smallest_variance=info.smallest_variance,
+            label_weight=info.label_weight,
         )

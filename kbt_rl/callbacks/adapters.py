@@ -156,6 +156,8 @@ class KalmanAdapter(OnlineAdapter):
     Logs besides: ``kalman/predictive_variance`` and ``kalman/epistemic_variance`` (action units squared, mean over the
     updates since the last write), ``kalman/nis`` (normalised innovation squared per scalar label: 1 on average if the
     variances are right) and ``kalman/smallest_variance``; with a strategy also ``kalman/alarms`` (changes noticed).
+    Where the noise is learned or wild labels are expected, also ``kalman/noise_variance`` (action units squared, mean
+    over the actions) and ``kalman/label_weight``.
 
     Args:
         *args: See ``OnlineAdapter``.
@@ -188,6 +190,9 @@ class KalmanAdapter(OnlineAdapter):
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
         self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.actions.degrees_of_freedom))
         self.logger.record("kalman/smallest_variance", info.smallest_variance)
+        if self.model.policy.head.noise_model is not None:
+            self.logger.record_mean("kalman/noise_variance", info.predictive_variance - info.epistemic_variance)
+            self.logger.record_mean("kalman/label_weight", info.label_weight)
         if self.strategy is not None:
             self.strategy.after_update(self.model, info)
             self.logger.record("kalman/alarms", self.strategy.alarms)
