@@ -62,11 +62,11 @@ def _rule(rule: str, hard: bool = False, **settings: Any) -> DiscreteMethod:
     return DiscreteMethod(f"KBT {rule}" + (", action labels" if hard else ""), "kbt", head, hard)
 
 
-#: Learning rates and noise variances were chosen on seeds 0 and 1 (see ``tuning_methods``).
+#: Learning rates and noise variances were chosen on seed 0 from ``tuning_methods``; the rates from 3e-3 on tie.
 METHODS = (
     _rule("laplace"),
     _rule("fisher"),
-    _rule("taylor", noise_variance=1e-2),
+    _rule("taylor", noise_variance=1e-1),
     _rule("replace_softmax", noise_variance=1e-2),
     _rule("laplace", hard=True),
     DiscreteMethod("warm start 25", "warm_start", {"memory": 25, "learning_rate": 1e-2}),
@@ -168,7 +168,6 @@ def run_method(study: DiscreteStudy, method: DiscreteMethod, model: KBT, stream_
     shifted = gym.make(SHIFTED_ID, forces=study.forces)
     expert = LQRExpert.for_env(shifted, temperature=0.0 if method.hard else None)
     initial = starts(stream_seed, study.starts)
-    assert model.seed is not None
 
     def rows(scores: Iterable[tuple[int, float, float, int]]) -> list[DiscreteRow]:
         return [DiscreteRow(method.name, int(model.seed or 0), stream_seed, *score) for score in scores]
@@ -239,7 +238,7 @@ def configuration(study: DiscreteStudy) -> dict[str, Any]:
 
 
 def draw_discrete(rows: Sequence[DiscreteRow], levels: str) -> Figure:
-    """Success against labels, one line a method with its interval; a cross where trials were lost."""
+    """Success against labels, one line a method with its interval; the legend counts the trials that stopped."""
     from kbt_rl.experiments.plot_style import FAINT, legend_below, new_figure
 
     figure, axes = new_figure(5.0)
@@ -252,7 +251,8 @@ def draw_discrete(rows: Sequence[DiscreteRow], levels: str) -> Figure:
     panel.set(ylim=(-0.03, 1.03), xlabel="labelled samples", ylabel="share of starts that succeed")
     panel.set_title(f"Success on the shifted plant with {levels} force levels")
     trials = len({(row.pretrain_seed, row.stream_seed) for row in rows})
-    figure.suptitle(f"mean of {trials} trials, 95 % interval", x=0.995, ha="right", fontsize=9.5, color=FAINT)
+    shown = f"mean of {trials} trials, 95 % interval" if trials > 1 else "one trial"
+    figure.suptitle(shown, x=0.995, ha="right", fontsize=9.5, color=FAINT)
     legend_below(figure, panel, columns=3)
     return figure
 
