@@ -181,6 +181,11 @@ class Camera(gym.Env):  # type: ignore[type-arg]
     action_space = spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
 
 
+class Switches(gym.Env):  # type: ignore[type-arg]
+    observation_space = spaces.Box(-1.0, 1.0, (4,), dtype=np.float32)
+    action_space = spaces.MultiDiscrete([2, 2])
+
+
 class Unbounded(gym.Env):  # type: ignore[type-arg]
     observation_space = spaces.Box(-np.inf, np.inf, (4,), dtype=np.float32)
     action_space = spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
@@ -193,7 +198,7 @@ class Unbounded(gym.Env):  # type: ignore[type-arg]
         ({"policy": "MlpPolicy"}, ValueError, "no policy 'MlpPolicy'; choose one of DecisionTransformerPolicy"),
         ({"policy": PENDULUM_PPO.policy_class}, TypeError, "needs a TransformerPolicy"),
         ({"env": None}, ValueError, "takes its spaces from an environment"),
-        ({"env": "CartPole-v1"}, AssertionError, r"Discrete\(2\) was provided"),
+        ({"env": Switches()}, AssertionError, r"MultiDiscrete\(\[2 2\]\) was provided"),
         ({"env": Camera()}, ValueError, "needs a Box with one axis"),
         ({"n_steps": 0}, ValueError, "n_steps is 0"),
         ({"policy_kwargs": {"net_arch": [8]}}, TypeError, "takes no argument 'net_arch'"),

@@ -53,6 +53,11 @@ def as_labeller(
 
     def labeller(observations: Array) -> Array:
         answer = np.asarray(ask(observations))
+        if isinstance(action_space, spaces.Box) and answer.shape != (len(observations), form.size):
+            raise ValueError(
+                f"the expert answered {len(observations)} observations with shape {answer.shape}; expected "
+                f"{(len(observations), form.size)}"
+            )
         labels = form.targets(answer)
         if len(answer) != len(observations) or labels.shape != (len(observations), form.size):
             raise ValueError(
