@@ -22,9 +22,9 @@ from kbt_rl.experiments.change_setup import (
     NONE,
     PRETRAINED,
     PROCESS,
+    TOWARDS,
     TRAP,
     WINDOW,
-    TOWARDS,
     ChangeConfig,
     PlantDraw,
     draw_plants,
@@ -55,9 +55,17 @@ if TYPE_CHECKING:
 SHIFT_STRATEGIES = (NONE, FORGETTING, PROCESS, TOWARDS, WINDOW, CUSUM, LEARNED, TRAP)
 DRIFT_STRATEGIES = (NONE, FORGETTING, PROCESS, CUSUM)
 _COLOURS = {
-    NONE: FAINT, FORGETTING: GREEN, PROCESS: BLUE, TOWARDS: "#56B4E9", WINDOW: PURPLE, CUSUM: VERMILION, LEARNED: ORANGE, TRAP: "#8c6d1f",
-    PRETRAINED: "#c3c8cf", EXPERT: INK,
-}  # fmt: skip
+    NONE: FAINT,
+    FORGETTING: GREEN,
+    PROCESS: BLUE,
+    TOWARDS: "#56B4E9",
+    WINDOW: PURPLE,
+    CUSUM: VERMILION,
+    LEARNED: ORANGE,
+    TRAP: "#8c6d1f",
+    PRETRAINED: "#c3c8cf",
+    EXPERT: INK,
+}
 
 
 def run(configs: Sequence[ChangeConfig], stationary: tuple[int, Sequence[float]], out: Path, console: Console) -> None:
