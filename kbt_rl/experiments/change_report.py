@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
+from kbt_rl.agents.kbt import KBT
 from kbt_rl.experiments.aggregate import Estimate, estimate
 from kbt_rl.experiments.change import DelayRow, FalseAlarmRow, SuccessRow, run_drift, run_shifts, run_stationary
 from kbt_rl.experiments.change_setup import (
@@ -26,7 +27,6 @@ from kbt_rl.experiments.change_setup import (
     TRAP,
     WINDOW,
     ChangeConfig,
-    PlantDraw,
     draw_plants,
 )
 from kbt_rl.experiments.config import digest
@@ -77,64 +77,63 @@ def run(configs: Sequence[ChangeConfig], stationary: tuple[int, Sequence[float]]
         out: Folder of the results.
         console: Where progress is told.
     """
-    kept = out / "change"
-    pretraining = PretrainConfig()
+    kept, (samples, variances) = out / "change", stationary
+
+    def model(seed: int) -> KBT:
+        pretraining = PretrainConfig()
+        return pretrain(seed, pretraining, out / "models" / f"pretrained-{seed}-{digest(pretraining)}.zip")
+
     for config in configs:
-        name = f"p{config.pretrain_seed}-s{config.stream_seed}-{digest(config)}"
-        path = out / "models" / f"pretrained-{config.pretrain_seed}-{digest(pretraining)}.zip"
-
-        def shifts(config: ChangeConfig = config, path: Path = path, name: str = name) -> list[Any]:
-            draw = draw_plants(config)
-            write_json({"config": asdict(config), **_described(draw), "versions": versions()}, kept / f"{name}.json")
-            rows, delays = run_shifts(
-                config, pretrain(config.pretrain_seed, pretraining, path), draw.plants, SHIFT_STRATEGIES
-            )
-            write_rows(kept / f"delays-{name}.csv", delays)
-            return rows
-
-        def drift(config: ChangeConfig = config, path: Path = path) -> list[Any]:
-            return run_drift(config, pretrain(config.pretrain_seed, pretraining, path), DRIFT_STRATEGIES)
-
-        _once(kept / f"shifts-{name}.csv", shifts, console)
-        _once(kept / f"drift-{name}.csv", drift, console)
-    samples, variances = stationary
+        if not (path := kept / f"shifts-{_name(config)}.csv").exists():
+            _keep(path, _run_shifts(config, model(config.pretrain_seed), kept), console)
     first = configs[0]
-    path = out / "models" / f"pretrained-{first.pretrain_seed}-{digest(pretraining)}.zip"
     for variance in variances:
-
-        def quiet(variance: float = variance) -> list[Any]:
-            model = pretrain(first.pretrain_seed, pretraining, path)
-            return run_stationary(model, first.stream_seed, samples, variance)
-
-        _once(kept / f"alarms-{first.pretrain_seed}-{first.stream_seed}-{samples}-{variance}.csv", quiet, console)
+        if not (path := kept / _alarms_file(first, samples, variance)).exists():
+            rows = run_stationary(model(first.pretrain_seed), first.stream_seed, samples, variance)
+            _keep(path, rows, console)
+    for config in configs:
+        if not (path := kept / f"drift-{_name(config)}.csv").exists():
+            _keep(path, run_drift(config, model(config.pretrain_seed), DRIFT_STRATEGIES), console)
     _write(configs, stationary, out, console)
 
 
-def _once(path: Path, rows: Callable[[], list[Any]], console: Console) -> None:
-    if not path.exists():
-        write_rows(path, rows())
-        console.print(f"written {path}")
+def _name(config: ChangeConfig) -> str:
+    return f"p{config.pretrain_seed}-s{config.stream_seed}-{digest(config)}"
 
 
-def _described(draw: PlantDraw) -> dict[str, Any]:
-    return {
+def _alarms_file(config: ChangeConfig, samples: int, variance: float) -> str:
+    return f"alarms-p{config.pretrain_seed}-s{config.stream_seed}-{samples}-{variance}.csv"
+
+
+def _run_shifts(config: ChangeConfig, pretrained: KBT, kept: Path) -> list[SuccessRow]:
+    """Rows of the successive plants; the plants themselves and the delays are written beside."""
+    draw = draw_plants(config)
+    described = {
         "plants": [plant.dynamics for plant in draw.plants],
         "rejected_as_too_similar": draw.too_similar,
         "rejected_as_too_hard": draw.too_hard,
     }
+    write_json({"config": asdict(config), **described, "versions": versions()}, kept / f"plants-{_name(config)}.json")
+    rows, delays = run_shifts(config, pretrained, draw.plants, SHIFT_STRATEGIES)
+    write_rows(kept / f"delays-{_name(config)}.csv", delays)
+    return rows
+
+
+def _keep(path: Path, rows: Sequence[Any], console: Console) -> None:
+    write_rows(path, rows)
+    console.print(f"written {path}")
 
 
 def _write(
     configs: Sequence[ChangeConfig], stationary: tuple[int, Sequence[float]], out: Path, console: Console
 ) -> None:
     """Gather the files of these runs into tables, a summary and the figure."""
-    kept, names = out / "change", [f"p{c.pretrain_seed}-s{c.stream_seed}-{digest(c)}" for c in configs]
+    kept, names = out / "change", [_name(config) for config in configs]
     shifts = [row for name in names for row in read_rows(kept / f"shifts-{name}.csv", SuccessRow)]
     delays = [row for name in names for row in read_rows(kept / f"delays-{name}.csv", DelayRow)]
     drift = [row for name in names for row in read_rows(kept / f"drift-{name}.csv", SuccessRow)]
     samples, variances = stationary
-    seeds = f"{configs[0].pretrain_seed}-{configs[0].stream_seed}"
-    files = [kept / f"alarms-{seeds}-{samples}-{variance}.csv" for variance in variances]
+    files = [kept / _alarms_file(configs[0], samples, variance) for variance in variances]
     alarms = [row for path in files for row in read_rows(path, FalseAlarmRow)]
     for table, rows in (("shifts", shifts), ("delays", delays), ("drift", drift), ("false_alarms", alarms)):
         write_rows(out / f"change_{table}.csv", rows)

@@ -204,6 +204,6 @@ def labelled(config: ChangeConfig, policy: TransformerPolicy, plants: Sequence[P
     features = torch.cat([features_of(policy, part) for part in np.array_split(states, -(-len(states) // 1_000))])
     context = policy.start(states)
     return [
-        Sample(context.rows(slice(index, index + 1)), actions[index], features=features[index : index + 1])
+        Sample(context.rows(slice(index, index + 1)), actions[index : index + 1], features=features[index : index + 1])
         for index in range(len(plants))
     ]
