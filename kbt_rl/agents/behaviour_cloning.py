@@ -58,15 +58,15 @@ class PretrainInfo:
         validation_rmse_newton: The same times the environment's ``max_force``; NaN where it has none.
         label_rms: Root mean square of the labels, the unit of the head's variances; 1 for discrete actions.
         samples: Contexts trained on.
-        validation_accuracy: Held-out contexts in which the action is the expert's most probable one; NaN for continuous
-            actions. Their errors are those of the probabilities.
+        validation_accuracy: Held-out contexts in which the action is the expert's most probable one; None for
+            continuous actions. Their errors are those of the probabilities.
     """
 
     validation_rmse: float
     validation_rmse_newton: float
     label_rms: float
     samples: int
-    validation_accuracy: float = float("nan")
+    validation_accuracy: float | None = None
 
 
 class Demonstrations:
@@ -211,7 +211,7 @@ def clone_behaviour(
         transformer.feature_mean.copy_(transformer.encode(*(tensor[some] for tensor in inputs))[:, -1].mean(0))
         guess = form.mean(transformer(*(tensor[held_out] for tensor in inputs))[:, -1])
     rmse = float((guess - target[held_out]).square().mean().sqrt())
-    in_newtons, accuracy = rmse * max_force, float("nan")
+    in_newtons, accuracy = rmse * max_force, None
     if not isinstance(form, ContinuousActions):
         accuracy = float((guess.argmax(-1) == target[held_out].argmax(-1)).double().mean())
         in_newtons = float("nan")
