@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
+from kbt_rl.commands.change import Change
 from kbt_rl.commands.discrete import Discrete
 from kbt_rl.commands.no_oracle import NoOracle
 from kbt_rl.commands.noise import Noise
@@ -257,6 +258,7 @@ Command = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Render, subcommand("render")]
     | Annotated[Rescue, subcommand("rescue")]
+    | Annotated[Change, subcommand("change")]
     | Annotated[Noise, subcommand("noise")]
     | Annotated[NoOracle, subcommand("no-oracle")]
     | Annotated[Discrete, subcommand("discrete")]

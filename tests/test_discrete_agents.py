@@ -246,6 +246,7 @@ def test_two_forces_from_pretraining_to_success() -> None:
     shifted = gym.make(SHIFTED_ID, forces=TWO_FORCES)
     model = KBT(env=nominal, seed=0)
     info = model.pretrain(LQRExpert.for_env(nominal), PretrainConfig(samples=4_000, steps=600), progress_bar=False)
+    assert info.validation_accuracy is not None
     assert info.validation_accuracy > 0.9
     assert info.label_rms == 1.0
     before = success(model)

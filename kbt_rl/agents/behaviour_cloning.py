@@ -54,12 +54,13 @@ class PretrainInfo:
     """What behaviour cloning reached, in action units (and in newtons where the environment states its force limit).
 
     Attributes:
-        validation_rmse: Root mean square error on held-out contexts.
-        validation_rmse_newton: The same times the environment's ``max_force``; NaN where it has none.
+        validation_rmse: Root mean square error on held-out contexts; of the probabilities of discrete actions.
+        validation_rmse_newton: The same times the environment's ``max_force``; NaN where it has none, or for discrete
+            actions.
         label_rms: Root mean square of the labels, the unit of the head's variances; 1 for discrete actions.
         samples: Contexts trained on.
-        validation_accuracy: Held-out contexts in which the action is the expert's most probable one; None for
-            continuous actions. The errors of discrete ones are those of the probabilities.
+        validation_accuracy: Share of held-out contexts in which the most probable action is the expert's; None for
+            continuous actions.
     """
 
     validation_rmse: float

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Discrete:
     """Success against labels with discrete actions: two forces, or five.
 
-    Writes rows (CSV), a summary with the configuration (JSON) and a figure (PNG) to --out.
+    Writes rows (CSV), a summary with the configuration (JSON) and a figure (PNG) to --out. The same command continues
+    where an interrupted one stopped.
     """
 
     out: Path = Path("results/discrete")
@@ -54,7 +55,7 @@ class Discrete:
         if self.quick:
             study = DiscreteStudy(self.levels, self.seed, 1, 1, 20, (0, 20, 50, 100), methods)
         name = f"{'tune-' if self.tune else ''}{self.levels}"
-        rows = run_study(study, self.out / "models", console.print)
+        rows = run_study(study, self.out, console.print)
         write_rows(self.out / f"{name}.csv", rows)
         table = summary(rows)
         write_json({"study": configuration(study), "summary": table, "versions": versions()}, self.out / f"{name}.json")

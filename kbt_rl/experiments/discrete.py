@@ -7,6 +7,7 @@ is the policy's most probable action, alone, by the environment's own end test.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED
 from kbt_rl.experiments.aggregate import curve, methods_of
 from kbt_rl.experiments.config import digest
 from kbt_rl.experiments.simulation import Force, simulate, starts
+from kbt_rl.experiments.tables import read_rows, write_rows
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 
@@ -151,16 +153,29 @@ def pretrained(study: DiscreteStudy, seed: int, models: Path) -> KBT:
     return model
 
 
-def run_study(study: DiscreteStudy, models: Path, done: Callable[[str], None]) -> list[DiscreteRow]:
-    """All methods on all pairs of pre-training and stream seeds; ``done`` is called with the name of each."""
+def run_study(study: DiscreteStudy, out: Path, done: Callable[[str], None]) -> list[DiscreteRow]:
+    """All methods on all pairs of pre-training and stream seeds; ``done`` is called with the name of each.
+
+    Policies are kept in ``out/models`` and the rows of each run in ``out/runs``, so that the same call continues where
+    an interrupted one stopped.
+    """
     rows: list[DiscreteRow] = []
     for p in range(study.seed, study.seed + study.policies):
-        model = pretrained(study, p, models)
+        model = pretrained(study, p, out / "models")
         for s in range(study.seed, study.seed + study.streams):
             for method in study.methods:
-                rows += run_method(study, method, model, s)
-                done(f"{method.name} {p} {s}")
+                what = (method, study.levels, study.starts, study.checkpoints, study.pretraining)
+                path = out / "runs" / f"{study.levels}-p{p}-s{s}-{_digest(what)}.csv"
+                if not path.exists():
+                    write_rows(path, run_method(study, method, model, s))
+                rows += read_rows(path, DiscreteRow)
+                done(f"{method.name}, policy {p}, stream {s}")
     return rows
+
+
+def _digest(what: tuple[Any, ...]) -> str:
+    """Equal only for equal settings, whose representation is complete."""
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:10]
 
 
 def run_method(study: DiscreteStudy, method: DiscreteMethod, model: KBT, stream_seed: int) -> list[DiscreteRow]:
