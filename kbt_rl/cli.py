@@ -58,9 +58,8 @@ class Reproduce:
         from kbt_rl.experiments.runner import run_all
 
         plan = reproduction_plan(full=self.full, quick=self.quick, seed=self.seed)
-        run_all(plan, self.out, self.jobs, console)
         timing = timing_plan(plan, self.quick)
-        run_all(timing, self.out, 1, console, title="timing, alone")
+        run_all(plan, self.out, self.jobs, console, alone=timing)
         draw([*plan, *timing], self.out, console)
 
 

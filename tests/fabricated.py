@@ -46,7 +46,12 @@ def adapt(
 
 
 def timing(method: Method, update_s: float, encoder_s: float = 1e-3) -> Result:
-    times = {"update_s": update_s, "encoder_s": encoder_s, "sample_to_posterior_s": update_s + encoder_s}
+    times = {
+        "update_s": update_s,
+        "encoder_s": encoder_s,
+        "sample_to_posterior_s": update_s + encoder_s,
+        "pytorch_encoder_s": 2.0 * encoder_s,
+    }
     return result(replace(BASE, kind="timing", methods=(method,)), {"methods": {method.name: times}})
 
 

@@ -176,6 +176,22 @@ def test_an_interrupt_leaves_the_posterior_of_before_or_after(structure: str) ->
     assert caught >= 10
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_neurons_that_are_switched_off_leave_no_subnormal_numbers(structure: str, outputs: int) -> None:
+    """An update on subnormal numbers takes many times as long, which a controller would not survive."""
+    torch.manual_seed(0)
+    config = HeadConfig(structure=structure, noise_variance=0.05, hidden_variance=1e-2, last_variance=1e-2)
+    head = BayesianHead.from_linear(nn.Linear(5, outputs), config)
+    first = head.spec.shapes[0]
+    biases = head.mean[: first.size].view(first)[:, -1]
+    biases[::2] = -torch.linspace(20.0, 36.0, len(biases[::2]), dtype=torch.float64) * 0.1  # of the biases' sd
+    for label in randn(3, 1, outputs, seed=12):
+        head.update(torch.zeros(1, 5), label)
+    entries = torch.cat([block.flatten().abs() for block in head.state.cov])
+    assert not ((entries > 0.0) & (entries < torch.finfo(torch.float64).tiny)).any()
+
+
 def test_no_variance_at_all_is_refused_and_changes_nothing() -> None:
     config = HeadConfig(hidden_variance=0.0, last_variance=0.0, noise_variance=0.0)
     head = BayesianHead.from_linear(nn.Linear(3, 1), config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +53,27 @@ def reached(config: DecisionTransformerConfig, name: str, position: int, timeste
 def test_features_depend_on_the_past_and_present_only(config: DecisionTransformerConfig, position: int) -> None:
     assert reached(config, "observations", position) == [step >= position for step in range(K)]
     assert reached(config, "actions", position) == [step > position for step in range(K)]  # so not on the newest
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_one_token_takes_a_shorter_way_through_the_same_layers(norm_first: bool) -> None:
+    net = transformer(DecisionTransformerConfig(norm_first=norm_first))
+    inputs = window(length=1, timestep=0)
+
+    def assert_same(net: DecisionTransformer) -> Tensor:
+        with torch.no_grad():
+            short, tokens = net.encode(**inputs), net.embed_state(inputs["observations"] / net.observation_scale)
+            torch.testing.assert_close(short, net.encoder(tokens))
+        return short
+
+    before = assert_same(net)
+    twin = copy.deepcopy(net)
+    net.load_state_dict(transformer(net.config, seed=1).state_dict())
+    loaded = assert_same(net)
+    assert not torch.equal(before, loaded)
+    net.load_state_dict(transformer(net.config, seed=2).state_dict(), assign=True)
+    assert not torch.equal(loaded, assert_same(net))
+    assert torch.equal(before, assert_same(pickle.loads(pickle.dumps(twin))))
 
 
 @pytest.mark.parametrize("position", range(K))

@@ -35,7 +35,7 @@ class Count:
 
     def __init__(self, model: KBT) -> None:
         self.calls = 0
-        model.policy.transformer.encoder.layers[0].register_forward_hook(self._note)
+        model.policy.transformer.embed_state.register_forward_hook(self._note)
 
     def _note(self, *_: object) -> None:
         self.calls += 1

@@ -224,7 +224,7 @@ def test_costs_are_ratios_of_the_timed_methods() -> None:
     assert (found.measured, found.reached) == (pytest.approx(0.25), False)
     found = target(tables, "time from sample to posterior, KBT over warm start 10")
     assert (found.measured, found.reached) == (pytest.approx(3e-3 / 0.201), True)
-    assert target(tables, "time of an update of KBT over the encoder's forward pass").reached is False
+    assert target(tables, "time of an update of KBT over a forward pass of PyTorch's encoder").reached is False
 
 
 def test_the_worst_of_three_variances_counts() -> None:

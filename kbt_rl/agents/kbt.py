@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 from torch import Tensor
@@ -94,7 +93,7 @@ class KBT(OnlineAlgorithm):
         if features is None:
             features = self.policy.encode(context)
         head = self.policy.head
-        info = head.update(features, torch.from_numpy(target))
+        info = head.update(features, target)
         unit = head.mean_square_scale
         return KBTInfo(
             labels=len(target),

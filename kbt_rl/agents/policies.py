@@ -187,14 +187,10 @@ class TransformerPolicy(BasePolicy):
     def check_context(self, context: ContextWindow) -> None:
         """Raise ValueError unless the context has the shape of this policy's."""
         length = self.transformer_config.context_length
-        parts = (
-            ("observations", context.observations, self.observation_size),
-            ("actions", context.actions, self.action_size),
-        )
-        for name, array, size in parts:
-            found, shape = array.shape, (length, size)
-            if found[1:] != shape:
-                raise ValueError(f"the context's {name} have shape {found}; expected (n, {shape[0]}, {shape[1]})")
+        for name, size in (("observations", self.observation_size), ("actions", self.action_size)):
+            found = getattr(context, name).shape
+            if found[1:] != (length, size):
+                raise ValueError(f"the context's {name} have shape {found}; expected (n, {length}, {size})")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over saved weights and buffers, all or none.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ Kind = Literal["adapt", "uncertainty", "correlated", "timing", "initialisation",
 CHECKPOINTS = (0, 5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 75, 100, 125, 150, 200, 250, 300, 350, 400)
 CORRELATED_CHECKPOINTS = (0, 10, 20, 30, 50, 75, 100, 150, 200)
 MEMORIES = (10, 20, 25, 50, 75, 100)
+QUICK_MEMORIES = (10, 50, 100)
 #: Variances of the label noise in Figure 5, N^2.
 NOISE_VARIANCES = (0.0, 10.0, 20.0, 50.0)
 #: Stream and pre-training seeds from here on are reported; those below it are for tuning.
@@ -109,10 +111,10 @@ def warm_start_method(memory: int, learning_rate: float) -> Method:
     return Method(f"warm start {memory}", "warm_start", {"memory": memory, "learning_rate": learning_rate})
 
 
-def figure3_methods() -> list[Method]:
+def figure3_methods(memories: Sequence[int] = MEMORIES) -> list[Method]:
     """All methods of Figure 3, the baselines at their best settings."""
     best = tuned()
-    warm = [warm_start_method(memory, best["learning_rate"][str(memory)]) for memory in MEMORIES]
+    warm = [warm_start_method(memory, best["learning_rate"][str(memory)]) for memory in memories]
     return [
         KBT_METHOD,
         LINEAR_METHOD,
@@ -147,7 +149,7 @@ def reproduction_plan(*, full: bool = False, quick: bool = False, seed: int = FI
             checkpoints=checkpoints,
             starts=25 if quick else 50,
         )
-        for method in figure3_methods()
+        for method in figure3_methods(QUICK_MEMORIES if quick else MEMORIES)
         for p, s in pairs
     ]
     iterations = 1_000 if quick else 70_000
@@ -208,6 +210,7 @@ def _single(base: Trial, quick: bool) -> list[Trial]:
 def timing_plan(plan: list[Trial], quick: bool) -> list[Trial]:
     """Figure 4: every learner in turn, in one trial to be run with nothing beside it."""
     first = next(trial for trial in plan if trial.kind == "adapt")
-    methods = tuple(method for method in figure3_methods() if method.kind in ("kbt", "printed", "warm_start"))
+    memories = QUICK_MEMORIES if quick else MEMORIES
+    methods = tuple(method for method in figure3_methods(memories) if method.kind in ("kbt", "printed", "warm_start"))
     samples = 200 if quick else 300  # at least two blocks of the largest memory
     return [replace(first, kind="timing", methods=methods, samples=samples, checkpoints=(), starts=0)]

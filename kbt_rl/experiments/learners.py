@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kbt_rl.experiments.printed import PrintedKBT
 from kbt_rl.experiments.simulation import Force, expert_force
 from kbt_rl.inference.acting import stack_views, view_mean
 from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.head import BayesianHead
 
 FloatArray = npt.NDArray[np.float64]
 NOMINAL_ID = "kbt_rl/InvertedPendulum-v0"
@@ -39,14 +40,31 @@ def pretrain(seed: int, config: PretrainConfig, path: Path | None = None) -> KBT
     if path is not None and path.exists():
         return KBT.load(path)
     env = gym.make(NOMINAL_ID)
+    cloner = WarmStart(env=env, seed=seed)  # has no head, so that no compilation of its machine code is waited for
+    cloner.pretrain(LQRExpert.for_env(env), config, progress_bar=False)
     model = KBT(env=env, seed=seed)
-    model.pretrain(LQRExpert.for_env(env), config, progress_bar=False)
+    model.start_from(cloner)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}")
         model.save(beside)
         beside.replace(path)
     return model
+
+
+def head_config(method: Method) -> HeadConfig | None:
+    """Depth, prior and rule of a method's Bayesian head; None for a method without one."""
+    if method.kind == "printed":
+        return HeadConfig.paper(method.settings["epsilon"], rule="replace")
+    if method.kind in ("kbt", "pretrained"):
+        return replace(HeadConfig(), **method.settings)
+    return None
+
+
+def prepare_heads(methods: Iterable[Method]) -> None:
+    """Compile the machine code of the methods' heads, if this machine does not have it yet."""
+    for config in {head_config(method) for method in methods} - {None}:
+        BayesianHead(1, 1, config)
 
 
 def build(method: Method, pretrained: KBT, noise_variance: float = 0.0) -> OnlineAlgorithm:
@@ -58,14 +76,11 @@ def build(method: Method, pretrained: KBT, noise_variance: float = 0.0) -> Onlin
         noise_variance: Variance of the labels that the method is told, N^2.
     """
     spaces: dict[str, Any] = {"env": gym.make(NOMINAL_ID), "seed": pretrained.seed}
-    settings = dict(method.settings)
+    head = head_config(method)
     if method.kind == "warm_start":
-        learner: OnlineAlgorithm = WarmStart(**spaces, **settings)
-    elif method.kind == "printed":
-        head = HeadConfig.paper(settings["epsilon"], rule="replace")
-        learner = PrintedKBT(**spaces, policy_kwargs={"head": head})
-    elif method.kind in ("kbt", "pretrained"):
-        learner = KBT(**spaces, policy_kwargs={"head": replace(HeadConfig(), **settings)})
+        learner: OnlineAlgorithm = WarmStart(**spaces, **method.settings)
+    elif head is not None:
+        learner = (PrintedKBT if method.kind == "printed" else KBT)(**spaces, policy_kwargs={"head": head})
     else:
         raise ValueError(f"method kind {method.kind!r} does not learn")
     learner.start_from(pretrained)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from importlib import metadata
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kbt_rl.experiments.config import Trial
-from kbt_rl.experiments.learners import pretrain
+from kbt_rl.experiments.learners import prepare_heads, pretrain
 from kbt_rl.experiments.trials import model_path, run_trial
 
 Result = dict[str, Any]
@@ -62,39 +62,59 @@ def read_results(trials: Iterable[Trial], out: Path) -> list[Result]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
-def run_all(trials: Sequence[Trial], out: Path, jobs: int, console: Console, title: str = "trials") -> None:
+def run_all(trials: Sequence[Trial], out: Path, jobs: int, console: Console, alone: Sequence[Trial] = ()) -> None:
     """Run what is not there yet, ``jobs`` at a time, with a progress bar.
 
     An interrupt stops after the running trials are cancelled; the next call continues with the rest.
 
+    Args:
+        trials: What to run.
+        out: Folder of the results.
+        jobs: Processes.
+        console: Where the progress bar is drawn.
+        alone: Run afterwards one by one, with nothing beside them, since they measure time.
+
     Raises:
         RuntimeError: A trial failed; the others have been run, and the message names it.
     """
-    missing = [trial for trial in trials if not result_path(trial, out).exists()]
+    missing, missing_alone = (
+        [trial for trial in some if not result_path(trial, out).exists()] for some in (trials, alone)
+    )
+    total, left = len(trials) + len(alone), len(missing) + len(missing_alone)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[last]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(title, total=len(trials), completed=len(trials) - len(missing), last="")
-        if not missing:
+        bar = progress.add_task("trials", total=total, completed=total - left, last="")
+
+        def done(trial: Trial) -> None:
+            progress.update(bar, advance=1, last=trial.method.name if trial.kind != "timing" else trial.kind)
+
+        if not left:
             return
         if jobs == 1:
             threads = torch.get_num_threads()
-            for trial in missing:
+            for trial in (*missing, *missing_alone):
                 perform(trial, out)
-                progress.update(bar, advance=1, last=trial.method.name)
+                done(trial)
             torch.set_num_threads(threads)
             return
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-            _drain(pool, missing, out, lambda name: progress.update(bar, advance=1, last=name))
+            _drain(pool, missing, out, done)
+            for trial in missing_alone:
+                pool.submit(perform, trial, out).result()
+                done(trial)
 
 
-def _drain(pool: ProcessPoolExecutor, missing: Sequence[Trial], out: Path, done: Any) -> None:
-    """First the pre-trained policies, which the trials share, then the trials."""
+def _drain(pool: ProcessPoolExecutor, missing: Sequence[Trial], out: Path, done: Callable[[Trial], None]) -> None:
+    """First what the trials share: pre-trained policies, and machine code, compiled once; then the trials."""
     models = {model_path(trial, out / "models"): trial for trial in missing}
     try:
-        for ready in [pool.submit(_pretrain, trial, out) for trial in models.values()]:
+        shared = [pool.submit(_pretrain, trial, out) for trial in models.values()]
+        if missing:
+            shared.append(pool.submit(prepare_heads, [trial.method for trial in missing]))
+        for ready in shared:
             ready.result()
         running: dict[Future[Path], Trial] = {pool.submit(perform, trial, out): trial for trial in missing}
         failures: list[tuple[Trial, BaseException]] = []
@@ -105,7 +125,7 @@ def _drain(pool: ProcessPoolExecutor, missing: Sequence[Trial], out: Path, done:
                 error = future.exception()
                 if error is not None:
                     failures.append((trial, error))
-                done(trial.method.name)
+                done(trial)
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
         raise

@@ -34,12 +34,13 @@ class AdaptRow(NamedTuple):
 
 
 class TimingRow(NamedTuple):
-    """Figure 4: seconds per sample."""
+    """Figure 4: seconds per sample; ``pytorch_encoder_s`` is a pass of the encoder by PyTorch's own layers."""
 
     method: str
     update_s: float
     encoder_s: float
     sample_to_posterior_s: float
+    pytorch_encoder_s: float
 
 
 class VarianceRow(NamedTuple):

@@ -151,9 +151,12 @@ def _cost_targets(rows: Sequence[TimingRow]) -> list[Target]:
         ratio("time from sample to posterior, KBT over warm start 100", 3, "sample_to_posterior_s", large),
         ratio("time from sample to posterior, KBT over warm start 10", 40, "sample_to_posterior_s", small),
     ]
-    value = None if kbt is None else kbt.update_s / kbt.encoder_s
-    passed = None if value is None else value < 1
-    return [*found, Target("time of an update of KBT over the encoder's forward pass", "< 1", value, reached=passed)]
+    what = "time of an update of KBT over a forward pass of PyTorch's encoder"
+    if kbt is None:
+        return [*found, Target(what, "< 1")]
+    value = kbt.update_s / kbt.pytorch_encoder_s
+    detail = f"{kbt.update_s / kbt.encoder_s:.3g} of this library's shorter pass"
+    return [*found, Target(what, "< 1", value, reached=value < 1, detail=detail)]
 
 
 def _uncertainty_targets(tables: Tables) -> list[Target]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.agents.policies import TransformerPolicy
 from kbt_rl.agents.sample import Sample
 from kbt_rl.experiments.config import Method, Trial
 from kbt_rl.experiments.learners import LabelStream, build
@@ -60,17 +62,42 @@ class _Timed:
         return {"update_s": alone, "encoder_s": encoder, "sample_to_posterior_s": alone + encoder}
 
 
+class _PyTorchEncoder:
+    """One pass of the encoder by PyTorch's own layers, which others would use, to compare with."""
+
+    def __init__(self, policy: TransformerPolicy) -> None:
+        self._policy, self._seconds = policy, list[float]()
+
+    def take(self, state: Any, label: Any) -> None:
+        """One state; the label is not used."""
+        transformer = self._policy.transformer
+        context = self._policy.start(state)
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            tokens = transformer.embed_state(torch.from_numpy(context.observations) / transformer.observation_scale)
+            for layer in transformer.encoder.layers:
+                tokens = layer(tokens)
+        self._seconds.append(time.perf_counter() - begin)
+
+    def median(self) -> float:
+        """Seconds of a pass."""
+        return float(np.median(self._seconds[_TURN:]))
+
+
 def timing_record(trial: Trial, pretrained: KBT) -> dict[str, Any]:
     """Seconds per sample for the update alone and from sample to posterior, encoder included, by method."""
     timed = {method.name: _Timed(build(method, pretrained), _block(method)) for method in trial.methods}
+    encoder = _PyTorchEncoder(pretrained.policy)
+    turns: list[_Timed | _PyTorchEncoder] = [encoder, *timed.values()]
     stream = LabelStream(trial)
     states = stream.states(trial.samples)
     labels = stream.label(states)
     for start in range(0, trial.samples, _TURN):
-        for each in timed.values():
+        for each in turns:
             for i in range(start, min(start + _TURN, trial.samples)):
                 each.take(states[i : i + 1], labels[i : i + 1])
-    return {"methods": {name: each.record() for name, each in timed.items()}}
+    pytorch = {"pytorch_encoder_s": encoder.median()}
+    return {"methods": {name: {**each.record(), **pytorch} for name, each in timed.items()}}
 
 
 def _block(method: Method) -> int:

@@ -49,7 +49,7 @@ def tuning_plan(streams: int, policies: int, seed: int = 0) -> list[Trial]:
 
 def tune(plan: Sequence[Trial], out: Path, jobs: int, console: Console, target: Path) -> dict[str, Any]:
     """Run the plan and write the best settings, with the score of every candidate, to ``target``."""
-    run_all(plan, out, jobs, console, title="tuning")
+    run_all(plan, out, jobs, console)
     scores = score(read_results(plan, out))
     best: dict[str, Any] = {"learning_rate": {}, "epsilon": _best(scores["KBT as printed"], "epsilon")}
     for memory in MEMORIES:

@@ -6,6 +6,7 @@ or another device, the same update goes the general way through PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from kbt_rl.inference.triangle import neurons_per_row
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from kbt_rl.inference.kernels import RowPass
+    from kbt_rl.inference.kernels import RowPass, ScalarRecord
     from kbt_rl.inference.update import HeadState
 
 Array = npt.NDArray[Any]
+# Mean and scale of the features, (d,) each, and the counter of labels, (1,).
+Units = tuple[Array, Array, Array]
 _NOTHING = np.empty((0, 0))
 
 
@@ -44,36 +47,27 @@ class RowEngine:
     """Machine code bound to the memory of one posterior, for one row at a time.
 
     Attributes:
-        propagates: Whether ``propagate`` serves this head; ``commit`` serves every head of one or two layers.
+        propagates: Whether ``propagate`` and ``learn`` serve this head; ``commit`` serves every one of two layers.
     """
 
     def __init__(self, state: HeadState, code: ModuleType) -> None:
         spec = state.spec
         layers = len(spec.shapes)
         self._code, self._outputs, self._counter = code, spec.outputs, state.mean
-        self._mean, cov = state.mean.numpy(), [block.numpy() for block in state.cov]
-        self._layers = tuple(cov[:layers])
-        self._between = cov[layers] if len(cov) > layers else _NOTHING
-        self._dense = spec.structure in ("joint", "layer")
-        self._shapes = tuple((*shape, neurons_per_row(shape)) for shape in spec.shapes)
-        columns = state.mean.shape[0] if spec.structure == "joint" else spec.shapes[0].size
-        two_dense = self._dense and layers == 2
+        mean, cov = state.mean.numpy(), [block.numpy() for block in state.cov]
+        between = cov[layers] if len(cov) > layers else _NOTHING
+        shapes = tuple((*shape, neurons_per_row(shape)) for shape in spec.shapes)
+        self._posterior = (mean, tuple(cov[:layers]), cov[0], between, shapes)
+        columns = len(mean) if spec.structure == "joint" else spec.shapes[0].size
+        two_dense = spec.structure in ("joint", "layer") and layers == 2
         self._workspace = np.empty((spec.shapes[0].n, columns) if two_dense else (0, 0))
-        self.propagates = spec.relu_order == 2 and spec.feature_variance == 0.0
+        self.propagates = spec.plain_moments
 
     def propagate(self, features: Array) -> RowPass:
         """The forward pass of one row ``(d,)``, float64, see ``kernels.RowPass``."""
-        code, o, mean, layers = self._code, self._outputs, self._mean, self._layers
         result: RowPass
         with _plain_interrupts:
-            if not self._dense:
-                forward = code.linear_neurons if len(layers) == 1 else code.two_layers_neurons
-                result = forward(mean, *layers, features, o)
-            elif len(layers) == 1:
-                result = code.linear_dense(mean, *layers, features, o, self._shapes[0][2])
-            else:
-                per_row = self._shapes[0][2], self._shapes[1][2]
-                result = code.two_layers_dense(mean, *layers, self._between, features, o, *per_row, self._workspace)
+            result = self._code.propagate(*self._posterior, self._workspace, features, self._outputs)
         return result
 
     def weight_step(
@@ -86,26 +80,33 @@ class RowEngine:
             step = self._code.weight_step(cross, variances, mean_step, factor, signs, kept)
         return step
 
-    def scalar_step(
-        self, row: RowPass, target: float, noise: float, replacing: bool, kept: float
-    ) -> tuple[float, float, float, Array, Array, float, float]:
-        """See ``kernels.scalar_step``."""
-        step: tuple[float, float, float, Array, Array, float, float]
-        with _plain_interrupts:
-            step = self._code.scalar_step(row, target, noise, replacing, kept)
-        return step
-
     def commit(self, moved: Array, moves: Array, signs: Array) -> None:
         """``mean += moved``, ``Sigma += V diag(signs) V'`` for ``V'`` of shape ``(q, P)``, not to be interrupted."""
+        self._change(self._code.commit, moved, moves, signs)
+
+    def learn(
+        self,
+        units: Units,
+        features: Array,
+        label: float,
+        noise: float,
+        replacing: bool,
+        kept: float,
+    ) -> ScalarRecord:
+        """A whole update on one row and one label, in the head's ``units``, see ``kernels.learn``."""
+        record: ScalarRecord = self._change(
+            self._code.learn, self._workspace, *units, features, self._outputs, label, noise, replacing, kept
+        )
+        return record
+
+    def _change(self, code: Callable[..., Any], *arguments: Any) -> Any:
         # Whoever caches what follows from the posterior watches this counter, which NumPy does not move. Before, so
         # that an interrupt cannot leave a new posterior with the old number; after, for those in another thread.
         increment_version(self._counter)
         with _plain_interrupts:
-            if self._dense:
-                self._code.commit_dense(self._mean, self._layers, self._between, moved, moves, signs, self._shapes)
-            else:
-                self._code.commit_neurons(self._mean, self._layers, moved, moves, signs)
+            result = code(*self._posterior, *arguments)
         increment_version(self._counter)
+        return result
 
 
 class _PlainInterrupts:

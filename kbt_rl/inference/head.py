@@ -7,6 +7,7 @@ functions of this package. It keeps float64 whatever dtype the rest of the model
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -88,7 +89,7 @@ class BayesianHead(nn.Module):
         if self.learns_noise:
             self.register_buffer("noise_start_cov", self.noise_cov.clone())
             self.register_buffer("noise_labels", torch.full((), self.config.noise_labels, dtype=torch.float64))
-        prepare(self.spec.structure, len(self.spec.shapes))
+        prepare(self.spec.structure, len(self.spec.shapes), self.spec.plain_moments)
         self.reset(torch.zeros(out_features, in_features), torch.zeros(out_features))
 
     @classmethod
@@ -272,8 +273,12 @@ class BayesianHead(nn.Module):
         Returns:
             The record of the update in units of ``target_scale``, over all blocks where there are several.
         """
+        memory = self._memory()
+        done = memory.learn(features, target)
+        if done is not None:
+            return done
         all_rows, all_labels = self._checked(features, target)
-        memory, count = self._memory(), len(all_rows)
+        count = len(all_rows)
         engine = memory.state.engine if count == 1 else None
         if engine is not None and engine.propagates:
             belief = None if memory.noise_model is None else memory.belief()
@@ -361,8 +366,8 @@ class BayesianHead(nn.Module):
     def _memory(self) -> Memory:
         """The buffers as ``_checked`` and ``update`` use them; made anew when one of them was replaced."""
         memory, buffers = self._bound, tuple(self._buffers.values())
-        if memory is None or any(mine is not other for mine, other in zip(memory.buffers, buffers, strict=True)):
-            memory = self._bound = Memory(self.spec, self._cov_names, self._buffers, self.noise_model)
+        if memory is None or not all(map(is_, memory.buffers, buffers)):
+            memory = self._bound = Memory(self.spec, self._cov_names, self._buffers, self.rule, self.noise_model)
         return memory
 
     def __getstate__(self) -> dict[str, Any]:

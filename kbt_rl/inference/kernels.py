@@ -3,7 +3,8 @@
 A head's update takes a few tens of microseconds of arithmetic; calling a tensor library dozens of times for it takes
 ten times as long. These functions restate, for one row, what ``joint``, ``smoother``, ``structures``, ``triangle`` and
 ``moments`` define for any number of rows and layers; ``tests/test_compiled.py`` holds the two together. They allocate
-nothing of the covariance's size and read it once.
+nothing of the covariance's size and read it once. They share one file because numba's cache of a compiled function
+notices changes in the function's own file only.
 
 Sizes: ``n`` hidden units with ``k`` inputs (bias included), ``o`` outputs, ``P`` weights.
 """
@@ -20,12 +21,19 @@ from numba import njit
 Array = npt.NDArray[Any]
 # Mean (o,) and covariance (o, o) of the output, Cov(w, u) transposed (o, P), and the variance of each weight (P,).
 RowPass: TypeAlias = tuple[Array, Array, Array, Array]
+# Mean and variance of the output before the update, the smallest variance of a weight after it, and 1 if it was done.
+ScalarRecord: TypeAlias = tuple[float, float, float, float]
+# Neurons, inputs with bias, and neurons a block row (see ``triangle``) of each layer.
+Shapes: TypeAlias = tuple[tuple[int, int, int], ...]
 
 _INV_SQRT2 = 1.0 / math.sqrt(2.0)
 _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 # As in ``moments``: below and beyond these a ratio or its square leaves float64.
 _SMALLEST_SD = math.sqrt(np.finfo(np.float64).tiny)
 _FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
+
+# The moves of a neuron that is all but switched off are smaller; their products would be subnormal numbers.
+_SMALLEST_MOVE = 1e-150
 
 # Sums may be reordered, so that they use vector instructions; NaN and infinity keep their meaning.
 _compiled = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
@@ -56,7 +64,8 @@ def _project_triangle(
         before, width = first * k, last * k
         for a in range(first, last):
             above = out[a, start : start + before]
-            above[:] = 0.0
+            for c in range(before):
+                above[c] = 0.0
             for p in range(k):
                 row = flat[offset : offset + width]
                 for c in range(before):
@@ -132,8 +141,9 @@ def _relu_dense(mean: Array, cov: Array) -> tuple[Array, Array, Array]:
 def _with_one(values: Array) -> Array:
     """``[z; 1]``."""
     out = np.empty(values.size + 1)
-    out[:-1] = values
-    out[-1] = 1.0
+    for i in range(values.size):
+        out[i] = values[i]
+    out[values.size] = 1.0
     return out
 
 
@@ -143,6 +153,15 @@ def _dot(left: Array, right: Array) -> float:
     for i in range(left.size):
         total += left[i] * right[i]
     return total
+
+
+@_compiled
+def _matvec(matrix: Array, vector: Array) -> Array:
+    """The product; written out, as all loops here are, since an array expression takes ten times as long to compile."""
+    out = np.empty(matrix.shape[0])
+    for i in range(out.size):
+        out[i] = _dot(matrix[i], vector)
+    return out
 
 
 @_compiled
@@ -158,16 +177,16 @@ def _logits_cov(projection: Array, inputs: Array, start: int) -> Array:
 
 
 @_compiled
-def linear_dense(mean: Array, cov: Array, features: Array, o: int, per_row: int) -> RowPass:
+def _linear_dense(mean: Array, cov: Array, features: Array, o: int, per_row: int) -> RowPass:
     """One layer, see ``RowPass``."""
     inputs = _with_one(features)
     cross, variances = np.empty((o, mean.size)), np.empty(mean.size)
     _project_triangle(cov, inputs, o, per_row, cross, 0, variances)
-    return mean.reshape(o, -1) @ inputs, _logits_cov(cross, inputs, 0), cross, variances
+    return _matvec(mean.reshape(o, inputs.size), inputs), _logits_cov(cross, inputs, 0), cross, variances
 
 
 @_compiled
-def two_layers_dense(
+def _two_layers_dense(
     mean: Array,
     first: Array,
     last: Array,
@@ -191,14 +210,15 @@ def two_layers_dense(
 
     variances = np.empty(mean.size)
     _project_triangle(first, inputs, n, per_row_first, projection, 0, variances)
-    for r in range(between.shape[0]):
-        _row_dots(between[r], inputs, n, projection, hidden + r)
-    z_mean, z_cov, slope = _relu_dense(mean[:hidden].reshape(n, k) @ inputs, _logits_cov(projection, inputs, 0))
+    z_mean, z_cov, slope = _relu_dense(_matvec(mean[:hidden].reshape(n, k), inputs), _logits_cov(projection, inputs, 0))
 
     activation = _with_one(z_mean)
     cross = np.zeros((o, mean.size))
+    for r in range(between.shape[0]):
+        _row_dots(between[r], inputs, n, projection, hidden + r)
+        _axpy(cross[r // (n + 1), :hidden], activation[r % (n + 1)], between[r])
     _project_triangle(last, activation, o, per_row_last, cross, hidden, variances)
-    out_mean = weights @ activation
+    out_mean = _matvec(weights, activation)
     out_cov = _logits_cov(cross, activation, hidden)
     _add_input_part(out_cov, weights, last, z_cov, per_row_last)
     if coupled:
@@ -207,7 +227,6 @@ def two_layers_dense(
                 projection[q, r] *= slope[q]
         _add_coupled_part(out_mean, out_cov, weights, projection[:, hidden:], activation)
         for j in range(o):
-            cross[j, :hidden] = activation @ between[j * (n + 1) : (j + 1) * (n + 1)]
             for q in range(n):
                 _axpy(cross[j, hidden:], weights[j, q], projection[q, hidden:])
     for j in range(o):
@@ -274,30 +293,31 @@ def _project_neurons(cov: Array, inputs: Array, out: Array, variances: Array) ->
 
 
 @_compiled
-def linear_neurons(mean: Array, cov: Array, features: Array, o: int) -> RowPass:
-    """As ``linear_dense``, for independent neurons."""
+def _linear_neurons(mean: Array, cov: Array, features: Array, o: int) -> RowPass:
+    """As ``_linear_dense``, for independent neurons."""
     inputs = _with_one(features)
     k = inputs.size
     projection, cross, out_cov = np.empty((o, k)), np.zeros((o, mean.size)), np.zeros((o, o))
     variances = np.empty(mean.size)
     _project_neurons(cov, inputs, projection, variances.reshape(o, k))
     for j in range(o):
-        cross[j, j * k : (j + 1) * k] = projection[j]
+        _axpy(cross[j, j * k : (j + 1) * k], 1.0, projection[j])
         out_cov[j, j] = _dot(projection[j], inputs)
-    return mean.reshape(o, k) @ inputs, out_cov, cross, variances
+    return _matvec(mean.reshape(o, k), inputs), out_cov, cross, variances
 
 
 @_compiled
-def two_layers_neurons(mean: Array, first: Array, last: Array, features: Array, o: int) -> RowPass:
-    """As ``two_layers_dense``, for independent neurons."""
+def _two_layers_neurons(mean: Array, first: Array, last: Array, features: Array, o: int) -> RowPass:
+    """As ``_two_layers_dense``, for independent neurons."""
     inputs = _with_one(features)
     n, k = first.shape[0], inputs.size
     hidden = n * k
     weights = mean[hidden:].reshape(o, n + 1)
     projection, slope, variances = np.empty((n, k)), np.empty(n), np.empty(mean.size)
     _project_neurons(first, inputs, projection, variances[:hidden].reshape(n, k))
-    logits = mean[:hidden].reshape(n, k) @ inputs
-    activation, z_variance = np.ones(n + 1), np.empty(n)
+    logits = _matvec(mean[:hidden].reshape(n, k), inputs)
+    activation, z_variance = np.empty(n + 1), np.empty(n)
+    activation[n] = 1.0
     for j in range(n):
         activation[j], z_variance[j], slope[j], _ = _relu_unit(logits[j], _dot(projection[j], inputs))
 
@@ -307,7 +327,7 @@ def two_layers_neurons(mean: Array, first: Array, last: Array, features: Array, 
     for j in range(o):
         for q in range(n):
             _axpy(cross[j, q * k : (q + 1) * k], weights[j, q] * slope[q], projection[q])
-        cross[j, hidden + j * (n + 1) : hidden + (j + 1) * (n + 1)] = above[j]
+        _axpy(cross[j, hidden + j * (n + 1) : hidden + (j + 1) * (n + 1)], 1.0, above[j])
         for i in range(j + 1):
             total = 0.0
             for q in range(n):
@@ -316,7 +336,7 @@ def two_layers_neurons(mean: Array, first: Array, last: Array, features: Array, 
         out_cov[j, j] += _dot(above[j], activation)
         for q in range(n):
             out_cov[j, j] += z_variance[q] * (last[j, q, q] if last.ndim == 3 else last[j, q])
-    return weights @ activation, out_cov, cross, variances
+    return _matvec(weights, activation), out_cov, cross, variances
 
 
 # ------------------------------------------------------------------ from the output's step to the weights
@@ -338,11 +358,27 @@ def weight_step(
         _axpy(moved, mean_step[j], cross[j])
         for q in range(signs.size):
             _axpy(moves[q], factor[j, q], cross[j])
-    after = kept * variances
-    for q in range(signs.size):
-        for r in range(total):
+    after = np.empty(total)
+    for r in range(total):
+        after[r] = kept * variances[r]
+        for q in range(signs.size):
+            moves[q, r] = _normal(moves[q, r])
             after[r] += signs[q] * moves[q, r] * moves[q, r]
-    return moved, moves, moved.sum(), _smallest(after)
+    return moved, moves, _sum(moved), _smallest(after)
+
+
+@_compiled
+def _normal(move: float) -> float:
+    """The move, or 0 where products of such moves leave float64's normal range: arithmetic is slow there."""
+    return move if abs(move) > _SMALLEST_MOVE else 0.0
+
+
+@_compiled
+def _sum(values: Array) -> float:
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 @_compiled
@@ -358,48 +394,42 @@ def _smallest(values: Array) -> float:
 
 
 @_compiled
-def scalar_step(
-    row: RowPass, target: float, noise: float, replacing: bool, kept: float
-) -> tuple[float, float, float, Array, Array, float, float]:
+def _scalar_step(
+    row: RowPass, label: float, noise: float, replacing: bool, kept: float
+) -> tuple[ScalarRecord, float, Array, Array]:
     """``output.measure`` or ``output.replace`` and ``weight_step`` for one output.
 
     Returns:
-        Mean and variance of the output, the sign of ``dC``, and what ``weight_step`` returns. The variance to invert is
-        not positive where the caller must refuse the step.
+        The record, whose ``done`` says whether the step may be taken; the sign of ``dC``; ``X dm`` ``(P,)``; and
+        ``(X F)'`` ``(1, P)``.
     """
     mean, variance = row[0][0], row[1][0, 0]
-    cross, variances = row[2], row[3]
+    cross, variances = row[2][0], row[3]
     inverted = variance if replacing else variance + noise
     # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
     change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
-    gain, root = (target - mean) / inverted, math.sqrt(abs(change))
+    gain, root = (label - mean) / inverted, math.sqrt(abs(change))
     moved, moves = np.empty(variances.size), np.empty((1, variances.size))
     after = np.empty(variances.size)
     for r in range(variances.size):
-        moved[r] = gain * cross[0, r]
-        moves[0, r] = root * cross[0, r]
-        after[r] = kept * variances[r] + change * cross[0, r] * cross[0, r]
-    return mean, variance, math.copysign(1.0, change), moved, moves, moved.sum(), _smallest(after)
+        moved[r] = gain * cross[r]
+        moves[0, r] = _normal(root * cross[r])
+        after[r] = kept * variances[r] + change * cross[r] * cross[r]
+    smallest = _smallest(after)
+    # One sum finds any NaN or infinity; inf - inf is NaN.
+    total = _sum(moved) + gain * gain + variance
+    done = inverted > 0.0 and smallest >= 0.0 and total - total == 0.0
+    return (mean, variance, smallest, 1.0 if done else 0.0), math.copysign(1.0, change), moved, moves
 
 
 @_compiled
-def commit_dense(
-    mean: Array,
-    covs: tuple[Array, ...],
-    between: Array,
-    moved: Array,
-    moves: Array,
-    signs: Array,
-    shapes: tuple[tuple[int, int, int], ...],
-) -> None:
-    """Apply a step in one call, which no signal handler can interrupt; ``shapes`` are ``(n, k, per_row)``."""
-    _axpy(mean, 1.0, moved)
+def _commit_dense(covs: tuple[Array, ...], between: Array, shapes: Shapes, moves: Array, signs: Array) -> None:
     start = 0
     for depth in range(len(covs)):
         n, k, per_row = shapes[depth]
         _downdate_triangle(covs[depth], moves, start, signs, n, k, per_row)
         start += n * k
-    above = mean.size - between.shape[0]
+    above = start - between.shape[0]
     for r in range(between.shape[0]):
         for q in range(signs.size):
             _axpy(between[r], signs[q] * moves[q, above + r], moves[q, :above])
@@ -419,10 +449,67 @@ def _downdate_neurons(cov: Array, moves: Array, start: int, signs: Array) -> Non
 
 
 @_compiled
-def commit_neurons(mean: Array, covs: tuple[Array, ...], moved: Array, moves: Array, signs: Array) -> None:
-    """As ``commit_dense``, for independent neurons: what is not stored is dropped."""
-    _axpy(mean, 1.0, moved)
+def _commit_neurons(covs: tuple[Array, ...], moves: Array, signs: Array) -> None:
+    """What is not stored is dropped."""
     start = 0
     for cov in covs:
         _downdate_neurons(cov, moves, start, signs)
         start += cov.shape[0] * cov.shape[1]
+
+
+# ------------------------------------------------------------------ any head of one or two layers
+
+
+# numba compiles only the branch that the types leave: a triangle is flat, blocks of neurons are not.
+@_compiled
+def propagate(
+    mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
+    features: Array, o: int,
+) -> RowPass:  # fmt: skip
+    """Forward pass of a row ``(d,)``; ``first`` is ``covs[0]``, the rest as in ``_two_layers_dense``."""
+    row: RowPass
+    if first.ndim == 1:
+        if len(covs) == 2:
+            per_row = shapes[0][2], shapes[1][2]
+            row = _two_layers_dense(mean, first, covs[1], between, features, o, per_row[0], per_row[1], workspace)
+        else:
+            row = _linear_dense(mean, first, features, o, shapes[0][2])
+    elif len(covs) == 2:
+        row = _two_layers_neurons(mean, first, covs[1], features, o)
+    else:
+        row = _linear_neurons(mean, first, features, o)
+    return row
+
+
+@_compiled
+def commit(
+    mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes,
+    moved: Array, moves: Array, signs: Array,
+) -> None:  # fmt: skip
+    """Apply a step in one call, which no signal handler can interrupt."""
+    _axpy(mean, 1.0, moved)
+    if first.ndim == 1:
+        _commit_dense(covs, between, shapes, moves, signs)
+    else:
+        _commit_neurons(covs, moves, signs)
+
+
+@_compiled
+def learn(
+    mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
+    centre: Array, scale: Array, labels_seen: Array,
+    features: Array, o: int, label: float, noise: float, replacing: bool, kept: float,
+) -> ScalarRecord:  # fmt: skip
+    """A whole update on one row and the label of one output, in one call; or nothing changes."""
+    inputs = np.empty(features.size)
+    for i in range(features.size):
+        inputs[i] = (features[i] - centre[i]) / scale[i]
+    row = propagate(mean, covs, first, between, shapes, workspace, inputs, o)
+    record: ScalarRecord
+    record, sign, moved, moves = _scalar_step(row, label, noise, replacing, kept)
+    if record[3] == 1.0:
+        signs = np.empty(1)
+        signs[0] = sign
+        commit(mean, covs, first, between, shapes, moved, moves, signs)
+        labels_seen[0] += 1
+    return record

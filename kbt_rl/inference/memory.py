@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
-from kbt_rl.inference.output import RULES
+from kbt_rl.inference.output import RULES, OutputRule, measure, replace
 from kbt_rl.inference.prior import layer_shapes, prior_cov
-from kbt_rl.inference.update import HeadSpec, HeadState, NoiseBelief, row_step
+from kbt_rl.inference.update import HeadSpec, HeadState, NoiseBelief, UpdateInfo, learn_row, row_step
 
 Array = npt.NDArray[Any]
 
@@ -31,6 +31,7 @@ class Memory:
         spec: HeadSpec,
         cov_names: tuple[str, ...],
         buffers: Mapping[str, Tensor | None],
+        rule: OutputRule,
         noise_model: NoiseModel | None = None,
     ) -> None:
         held = {name: buffer for name, buffer in buffers.items() if buffer is not None}
@@ -41,11 +42,35 @@ class Memory:
         self.noise_cov = held["noise_cov"]
         names = ("feature_mean", "feature_scale", "target_scale", "labels_seen")
         local = ((held[name].numpy() if self.on_cpu else held[name]) for name in names)
+        self.centre: Any
+        self.scale: Any
+        self.outputs: Any
+        self.labels_seen: Any
         self.centre, self.scale, self.outputs, self.labels_seen = local
         self.noise_model = noise_model
+        plain = noise_model is None and spec.outputs == 1 and rule.condition in (measure, replace)
+        engine = self.state.engine if plain else None
+        self._row_engine = None if engine is None or not engine.propagates else engine
+        self._replacing = rule.condition is replace
         self._noise: tuple[Any, ...] = tuple(
             held[name].numpy() if self.on_cpu else held[name] for name in ("noise_cov", "noise_labels") if name in held
         )
+
+    def learn(self, features: Tensor | Array, target: Tensor | Array) -> UpdateInfo | None:
+        """The commonest update, one row with the label of one output; None, and nothing done, for every other.
+
+        Also for what must be refused: who takes the general way then learns why.
+        """
+        engine = self._row_engine
+        if engine is None:
+            return None
+        rows, labels = self.take(features), self.take(target)
+        if rows.shape != (1, len(self.centre)) or labels.shape != (1, 1):
+            return None
+        row = rows[0].astype(np.float64, copy=False)
+        label, noise = float(labels[0, 0]) / float(self.outputs[0]), float(self._noise[0][0, 0])
+        units = self.centre, self.scale, self.labels_seen.reshape(1)
+        return learn_row(engine, units, row, label, noise, self._replacing)
 
     def belief(self) -> NoiseBelief | None:
         """What is thought of the noise, as a copy; None where it is known and Gaussian."""
@@ -86,12 +111,21 @@ def _copy(cov: Any) -> Array:
 
 
 @lru_cache(maxsize=16)
-def prepare(structure: str, layers: int) -> None:
-    """Load the machine code for heads of this kind (the first time on a machine: compile it), so no update waits."""
+def prepare(structure: str, layers: int, propagates: bool) -> None:
+    """Load the machine code for heads of this kind (the first time on a machine: compile it), so no update waits.
+
+    Args:
+        structure: How the covariance is stored.
+        layers: Depth.
+        propagates: See ``RowEngine``; without it there is nothing but the commit.
+    """
     shapes = layer_shapes(1, 1, layers, None)
     cov = prior_cov(shapes, structure, hidden_variance=1.0, last_variance=1.0, rho=0.0)
     mean = torch.zeros(sum(shape.size for shape in shapes), dtype=torch.float64)
     engine = HeadState(HeadSpec(shapes, structure), mean, cov).engine
     if engine is not None:
-        step = row_step(engine, np.zeros(1), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
-        engine.commit(step.mean_step, step.factor, step.signs)
+        engine.commit(mean.numpy(), mean.numpy()[None], np.zeros(1))
+    if engine is not None and propagates:
+        row_step(engine, np.zeros(1), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
+        units = np.zeros(1), np.ones(1), np.zeros(1, dtype=np.int64)
+        engine.learn(units, np.zeros(1), 0.0, 1.0, False, 1.0)

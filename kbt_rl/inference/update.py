@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from kbt_rl.inference import compiled, joint, smoother
-from kbt_rl.inference.compiled import RowEngine
-from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
+from kbt_rl.inference.compiled import RowEngine, Units
+from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import Judgement, NoiseEstimate, NoiseModel
-from kbt_rl.inference.output import Conditioning, OutputRule, measure, replace
+from kbt_rl.inference.output import Conditioning, OutputRule
 from kbt_rl.inference.structures import LAYERWISE
 from kbt_rl.inference.triangle import LayerShape
 
@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 # Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
 MAX_JOINT_ROWS = 32
 _LARGEST_ROW_RANK = 4
-# Predicted one by one in machine code; more of them share the reading of the covariance.
+# Rows are predicted one by one in machine code, unless they are many and the covariance has more entries than the
+# cache holds: then they share the reading of it.
 _FEW_ROWS = 16
+_CACHED_ENTRIES = 2**18
 # A variance counts as what is left of it after rounding, so that a downdate to nothing is refused, not left below 0.
 _KEPT = 1.0 - 8.0 * torch.finfo(torch.float64).eps
-_SIGNS = {sign: np.array([sign]) for sign in (-1.0, 1.0)}
+_DOWNDATE = np.array([-1.0])
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class HeadSpec:
     def sizes(self) -> list[int]:
         """Number of weights of each layer."""
         return [shape.size for shape in self.shapes]
+
+    @property
+    def plain_moments(self) -> bool:
+        """Whether the features are exact and the series has two terms, which the machine code knows."""
+        return self.relu_order == 2 and self.feature_variance == 0.0
 
     @property
     def outputs(self) -> int:
@@ -170,7 +177,8 @@ def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
 
 def predict_logits(state: HeadState, features: Tensor, chunk: int = 128) -> Gaussian:
     """Distribution of the logits of each row on its own: mean ``(N, o)`` and covariance ``(N, o, o)``."""
-    if 0 < len(features) <= _FEW_ROWS and state.engine is not None and state.engine.propagates:
+    few = len(features) <= _FEW_ROWS or sum(block.numel() for block in state.cov) <= _CACHED_ENTRIES
+    if few and len(features) and state.engine is not None and state.engine.propagates:
         passes = [state.engine.propagate(row)[:2] for row in features.numpy()]
         means, covs = (torch.from_numpy(np.stack(values)) for values in zip(*passes, strict=True))
         return Gaussian(means, covs)
@@ -254,11 +262,8 @@ def row_step(
 ) -> RowStep:
     """``increment`` for one row ``(d,)`` and its target ``(1, o)``, with the forward pass in machine code."""
     row = engine.propagate(features)
-    if target.shape[1] == 1 and rule.condition in (measure, replace):
-        label = float(target[0, 0])
-        if belief is not None:
-            return _judged_scalar_step(engine, row, label, belief)
-        return _scalar_step(engine, row, label, float(noise_cov.numpy()[0, 0]), rule.condition is replace)
+    if target.shape[1] == 1 and belief is not None:
+        return _judged_scalar_step(engine, row, float(target[0, 0]), belief)
     output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
     label_rows = torch.from_numpy(target)
     judged = None if belief is None else _judge(output, label_rows, belief)
@@ -272,32 +277,41 @@ def row_step(
     return RowStep(moved, moves, step.signs.numpy(), info, None if judged is None else judged.estimate)
 
 
-def _scalar_step(engine: RowEngine, row: RowPass, target: float, noise: float, replacing: bool) -> RowStep:
-    """The rules ``measure`` and ``replace`` for one row and one output, without PyTorch's cost per call."""
-    mean, variance, sign, moved, moves, total, smallest = engine.scalar_step(row, target, noise, replacing, _KEPT)
-    predictive = variance + noise
-    inverted = variance if replacing else predictive
-    if not inverted > 0.0:
-        raise NotPositiveDefiniteError("predicted covariance, with noise unless the rule is 'replace',", inverted)
-    innovation = target - mean
-    info = UpdateInfo(abs(innovation), innovation * innovation / predictive, variance, predictive, smallest, 1)
-    _check(total, info)
-    return RowStep(moved, moves, _SIGNS[sign], info)
-
-
 def _judged_scalar_step(engine: RowEngine, row: RowPass, target: float, belief: NoiseBelief) -> RowStep:
-    """``_scalar_step`` by the rule ``measure`` with a noise that is learned or has heavy tails."""
+    """The rule ``measure`` for one row and one output with a noise that is learned or has heavy tails."""
     estimate = belief.estimate
     noise = float(estimate.cov[0, 0])
     error, variance = target - float(row[0][0]), float(row[1][0, 0])
     move, gained, weight, learned, labels = belief.model.judge_scalar(error, variance, noise, estimate.labels)
-    signs = _SIGNS[-1.0]
     factor = np.array([[math.sqrt(gained)]])
-    moved, moves, total, smallest = engine.weight_step(row, np.array([move]), factor, signs, _KEPT)
+    moved, moves, total, smallest = engine.weight_step(row, np.array([move]), factor, _DOWNDATE, _KEPT)
     predictive = variance + noise
     info = UpdateInfo(abs(error), error * error / predictive, variance, predictive, smallest, 1, weight)
     _check(total + learned, info)
-    return RowStep(moved, moves, signs, info, NoiseEstimate(np.array([[learned]]), labels))
+    return RowStep(moved, moves, _DOWNDATE, info, NoiseEstimate(np.array([[learned]]), labels))
+
+
+def learn_row(
+    engine: RowEngine, units: Units, features: Array, label: float, noise: float, replacing: bool
+) -> UpdateInfo | None:
+    """A whole update by the rule ``measure`` or ``replace`` on one row and one output, in one call of machine code.
+
+    Args:
+        engine: Bound to the posterior.
+        units: See ``compiled.Units``.
+        features: ``(d,)``, float64, as they come from the encoder.
+        label: In the head's own units.
+        noise: Variance of the label.
+        replacing: Whether the rule is ``replace``.
+
+    Returns:
+        The record; None where the step must be refused: nothing has changed, and ``increment`` says why.
+    """
+    mean, variance, smallest, done = engine.learn(units, features, label, noise, replacing, _KEPT)
+    if not done:
+        return None
+    innovation, predictive = label - mean, variance + noise
+    return UpdateInfo(abs(innovation), innovation * innovation / predictive, variance, predictive, smallest, 1)
 
 
 def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, judged: Judgement | None) -> UpdateInfo:
