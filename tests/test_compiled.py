@@ -14,6 +14,7 @@ from conftest import STRUCTURES, randn, random_state
 from torch import Tensor, nn
 
 from kbt_rl.inference import compiled, update
+from kbt_rl.inference.acting import view_mean
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import NotPositiveDefiniteError
 from kbt_rl.inference.head import BayesianHead
@@ -122,6 +123,23 @@ def test_without_numba_a_stream_ends_at_the_same_posterior(structure: str, monke
     torch.testing.assert_close(fast.mean, plain.mean, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(fast.state.dense_cov(), plain.state.dense_cov(), rtol=1e-8, atol=1e-12)
     assert int(fast.labels_seen) == int(plain.labels_seen) == 50
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_acting_equals_the_mean_of_the_view_and_of_the_moments(structure: str, outputs: int, rows: int) -> None:
+    config = HeadConfig(structure=structure, noise_variance=0.05, hidden_variance=0.1)
+    scales = {"feature_mean": randn(5, seed=1), "feature_scale": randn(5, seed=2).abs() + 0.5}
+    head = BayesianHead.from_linear(nn.Linear(5, outputs), config, **scales, target_scale=torch.full((outputs,), 3.0))
+    for row, label in zip(randn(20, 1, 5, seed=3), randn(20, 1, outputs, seed=4), strict=True):
+        head.update(row, label)
+        features = randn(rows, 5, seed=6)
+        view = view_mean(head.view(), head.standardise(features)) * head.target_scale
+        torch.testing.assert_close(head(features), view, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(head(features.float()), view, rtol=1e-5, atol=1e-5)
+    assert compiled.actor(head.view()) is not None
+    torch.testing.assert_close(head(features), head.predict(features).mean, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])

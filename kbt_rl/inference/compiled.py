@@ -20,13 +20,14 @@ from kbt_rl.inference.triangle import neurons_per_row
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from kbt_rl.inference.acting import ActingView
     from kbt_rl.inference.kernels import RowPass, ScalarRecord
     from kbt_rl.inference.update import HeadState
 
 Array = npt.NDArray[Any]
 # Mean and scale of the features, (d,) each, and the counter of labels, (1,).
 Units = tuple[Array, Array, Array]
-_NOTHING = np.empty((0, 0))
+_NOTHING, _NO_COUPLING = np.empty((0, 0)), np.empty((0, 0, 0))
 
 
 @lru_cache(maxsize=1)
@@ -109,6 +110,21 @@ class RowEngine:
         return result
 
 
+class RowActor:
+    """``acting.view_mean`` of a two-layer view for one row at a time, in machine code."""
+
+    def __init__(self, view: ActingView, code: ModuleType) -> None:
+        assert view.hidden_form is not None
+        coupling = _NO_COUPLING if view.coupling is None else view.coupling.numpy()
+        self._code = code
+        self._view = (*(weight.numpy() for weight in view.weights), view.hidden_form.numpy(), coupling)
+
+    def __call__(self, centre: Array, scale: Array, rows: Array) -> Array:
+        """Mean logits ``(N, o)`` for features ``(N, d)`` as they come from the encoder, whose units are given."""
+        with _plain_interrupts:
+            return np.stack([self._code.act(*self._view, centre, scale, row) for row in rows])
+
+
 class _PlainInterrupts:
     """Raises what a signal handler raised; numba's call comes back with it inside one or more SystemErrors."""
 
@@ -124,6 +140,14 @@ class _PlainInterrupts:
 
 
 _plain_interrupts = _PlainInterrupts()
+
+
+def actor(view: ActingView) -> RowActor | None:
+    """Machine code that acts by a view on the CPU, or None where there is none for it."""
+    if view.hidden_form is None or view.feature_part is not None or view.hidden_form.device.type != "cpu":
+        return None
+    code = kernels()
+    return None if code is None else RowActor(view, code)
 
 
 def engine(state: HeadState) -> RowEngine | None:

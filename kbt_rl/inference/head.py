@@ -10,11 +10,12 @@ from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kbt_rl.inference import revision
+from kbt_rl.inference import compiled, revision
 from kbt_rl.inference import update as functional
 from kbt_rl.inference.acting import ActingView, acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
@@ -26,6 +27,10 @@ from kbt_rl.inference.prior import prior_cov, prior_means
 from kbt_rl.inference.update import HeadState, Increment, UpdateInfo
 
 Array = npt.NDArray[Any]
+# A version of the posterior, what acting needs of it, and the machine code that acts by it.
+Published = tuple[tuple[HeadState, int], ActingView, compiled.RowActor | None]
+# Rows that act one by one in machine code; more of them share a matrix product.
+_FEW_ROWS = 16
 # How far the sum of a target distribution, often float32, may be from 1.
 _SUM_TOLERANCE = 1e-5
 
@@ -72,7 +77,7 @@ class BayesianHead(nn.Module):
         self.spec, self._rho = self.config.resolve(in_features, out_features)
         self.rule = RULES[self.config.rule]
         self._bound: Memory | None = None
-        self._published: tuple[tuple[HeadState, int], ActingView] | None = None
+        self._published: Published | None = None
         self.register_buffer("mean", torch.zeros(sum(self.spec.sizes), dtype=torch.float64))
         prior = self._prior_cov()
         self._cov_names = tuple(f"cov_{index}" for index in range(len(prior)))
@@ -201,11 +206,19 @@ class BayesianHead(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Predicted mean of the target, ``(N, o)``, for features ``(N, d)``; class probabilities with softmax."""
-        if len(self.spec.shapes) > 2:
-            logits = functional.predict_logits(self.state, self.standardise(features)).mean
-        else:
-            logits = view_mean(self.view(), self.standardise(features))
+        logits = self._mean_logits(features)
         return torch.softmax(logits, dim=-1) if self.rule.link == "softmax" else logits * self.target_scale
+
+    def _mean_logits(self, features: Tensor) -> Tensor:
+        """Mean of the last layer's output, ``(N, o)``, by the shortest way."""
+        if len(self.spec.shapes) > 2:
+            return functional.predict_logits(self.state, self.standardise(features)).mean
+        _, view, actor = self._publish()
+        if actor is None or not 0 < len(features) <= _FEW_ROWS or features.shape[1:] != (self.in_features,):
+            return view_mean(view, self.standardise(features))
+        memory = self._memory()
+        rows = memory.take(features).astype(np.float64, copy=False)
+        return torch.from_numpy(actor(memory.centre, memory.scale, rows))
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Prediction:
@@ -230,12 +243,16 @@ class BayesianHead(nn.Module):
         The copy is made once after each change of the posterior and swapped in by one assignment, so that whoever acts
         in another thread never sees half an update.
         """
+        return self._publish()[1]
+
+    def _publish(self) -> Published:
         state = self._memory().state
         version = (state, state.mean._version)
         published = self._published
         if published is None or published[0] != version:
-            published = self._published = (version, acting_view(state))
-        return published[1]
+            view = acting_view(state)
+            published = self._published = version, view, compiled.actor(view)
+        return published
 
     def increment(self, features: Tensor | Array, target: Tensor | Array) -> Increment:
         """What one joint update on rows ``(B, d)`` with targets ``(B, o)``, B up to 32, would add to the posterior.

@@ -495,6 +495,33 @@ def commit(
 
 
 @_compiled
+def act(
+    first: Array, last: Array, hidden_form: Array, coupling: Array, centre: Array, scale: Array, features: Array
+) -> Array:
+    """``acting.view_mean`` of a two-layer view for one row ``(d,)``, in the encoder's units; ``(o,)``."""
+    n, k = first.shape
+    o = last.shape[0]
+    inputs, variance, out = np.empty(k), np.zeros(n), np.empty(o)
+    for p in range(k - 1):
+        inputs[p] = (features[p] - centre[p]) / scale[p]
+    inputs[k - 1] = 1.0
+    pair = 0
+    for p in range(k):
+        for q in range(p, k):
+            _axpy(variance, inputs[p] * inputs[q], hidden_form[pair])
+            pair += 1
+    for j in range(o):
+        out[j] = last[j, n]
+    for i in range(n):
+        mean, _, slope, _ = _relu_unit(_dot(first[i], inputs), max(variance[i], 0.0))
+        for j in range(o):
+            out[j] += last[j, i] * mean
+            if coupling.size > 0:
+                out[j] += slope * _dot(coupling[j, i], inputs)
+    return out
+
+
+@_compiled
 def learn(
     mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
     centre: Array, scale: Array, labels_seen: Array,

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kbt_rl.inference import compiled
+from kbt_rl.inference.acting import acting_view
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES, OutputRule, measure, replace
 from kbt_rl.inference.prior import layer_shapes, prior_cov
@@ -122,10 +124,14 @@ def prepare(structure: str, layers: int, propagates: bool) -> None:
     shapes = layer_shapes(1, 1, layers, None)
     cov = prior_cov(shapes, structure, hidden_variance=1.0, last_variance=1.0, rho=0.0)
     mean = torch.zeros(sum(shape.size for shape in shapes), dtype=torch.float64)
-    engine = HeadState(HeadSpec(shapes, structure), mean, cov).engine
+    state = HeadState(HeadSpec(shapes, structure), mean, cov)
+    engine = state.engine
     if engine is not None:
         engine.commit(mean.numpy(), mean.numpy()[None], np.zeros(1))
     if engine is not None and propagates:
         row_step(engine, np.zeros(1), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
         units = np.zeros(1), np.ones(1), np.zeros(1, dtype=np.int64)
         engine.learn(units, np.zeros(1), 0.0, 1.0, False, 1.0)
+        actor = compiled.actor(acting_view(state))
+        if actor is not None:
+            actor(*units[:2], np.zeros((1, 1)))

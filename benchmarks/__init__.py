@@ -1,0 +1,1 @@
+"""Speed, memory and accuracy of the update beside public peers, measured in one process and one run: ``make bench``."""

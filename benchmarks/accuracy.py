@@ -1,0 +1,151 @@
+"""Error, coverage and log predictive density of the head and its rivals, one sample at a time.
+
+Two toys, of which the features of one span the answer and those of the other do not, and the paper's pendulum: features
+of a pre-trained encoder, labels of the shifted plant's expert. The noise is known to all. The head's prior is chosen on
+the very samples it learns from, by the sum of one-step-ahead log predictive densities; no test row is looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.peers import Head, Peer, peers
+from kbt_rl.agents.kbt import KBT
+from kbt_rl.agents.lqr import lqr_gain
+from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED
+from kbt_rl.experiments.learners import features_of
+from kbt_rl.experiments.simulation import expert_force
+from kbt_rl.inference.config import HeadConfig
+
+Array = npt.NDArray[np.float64]
+
+CANDIDATES = tuple(
+    HeadConfig(hidden_variance=hidden, rho=rho)
+    for hidden, rho in itertools.product((1e-6, 1e-5, 1e-4, 1e-3, 3e-3), (0.0, 0.9, 0.99))
+)
+_INTERVAL = 1.959964
+
+
+class Task(NamedTuple):
+    """Samples to learn from and rows to be tested on, with noisy labels of variance ``noise``."""
+
+    name: str
+    features: Array
+    labels: Array
+    test_features: Array
+    test_labels: Array
+    noise: float
+
+
+class Score(NamedTuple):
+    """What a learner reached on held-out noisy labels, and its choice of the prior.
+
+    Attributes:
+        task: Name of the task.
+        method: Name of the learner.
+        seed: Of the task.
+        error: Root mean square of prediction minus noisy label.
+        coverage: Share of the labels inside 95 % intervals.
+        density: Mean log predictive density of a label.
+        prior: ``hidden_variance`` and ``rho`` of the head, empty for others.
+    """
+
+    task: str
+    method: str
+    seed: int
+    error: float
+    coverage: float
+    density: float
+    prior: str
+
+
+def toy(seed: int, in_span: bool, samples: int = 400, held_out: int = 1_000) -> Task:
+    """Linear labels of standard normal states, seen through 16 ReLU features."""
+    gain = lqr_gain(SHIFTED)[0].ravel()
+    rng = np.random.default_rng(seed)
+    if in_span:
+        half = rng.standard_normal((8, 4)) / 2
+        slopes, offsets = np.vstack([half, -half]), np.zeros(16)
+    else:
+        slopes, offsets = rng.standard_normal((16, 4)) / 2, rng.standard_normal(16) / 2
+    states = rng.standard_normal((samples + held_out, 4))
+    labels = -states @ gain / np.linalg.norm(gain) + 0.1 * rng.standard_normal(len(states))
+    features = np.maximum(states @ slopes.T + offsets, 0.0)
+    name = "toy, in span" if in_span else "toy, out of span"
+    return Task(name, features[:samples], labels[:samples], features[samples:], labels[samples:], 0.01)
+
+
+def pendulum(model: KBT, seed: int, samples: int = 400, held_out: int = 1_000, noise_sd: float = 1.0) -> Task:
+    """Features of a pre-trained encoder, standardised; labels of the shifted plant's expert in units of 10 N."""
+    rng, box = np.random.default_rng([seed, 17]), np.asarray(LABEL_BOX)
+    states = rng.uniform(-box, box, (samples + held_out, 4)).astype(np.float32)
+    features = features_of(model.policy, states).double()
+    rows = model.policy.head.standardise(features).numpy()
+    labels = (expert_force(SHIFTED)(states) + noise_sd * rng.standard_normal(len(states))) / 10.0
+    return Task(
+        "pendulum", rows[:samples], labels[:samples], rows[samples:], labels[samples:], (noise_sd / 10.0) ** 2
+    )  # fmt: skip
+
+
+def one_step_density(task: Task, config: HeadConfig) -> float:
+    """Sum of the log predictive densities of each label before it was learned."""
+    head = Head(task.features.shape[1], task.noise, config).head
+    total = 0.0
+    for row, label in zip(task.features, task.labels, strict=True):
+        info = head.update(row[None], np.array([[label]]))
+        total -= 0.5 * (math.log(2.0 * math.pi * info.predictive_variance) + info.nis)
+    return total
+
+
+def choose(task: Task, candidates: Sequence[HeadConfig] = CANDIDATES) -> HeadConfig:
+    """The candidate under which the samples were least surprising."""
+    return max(candidates, key=lambda config: one_step_density(task, config))
+
+
+def score(task: Task, seed: int, chosen: HeadConfig) -> tuple[list[Score], dict[str, str]]:
+    """Scores of all learners, and the reasons of those that could not run."""
+    found, missing = [], {}
+    for name, make in peers(task.features.shape[1], task.noise, chosen).items():
+        try:
+            learner = make()
+        except ImportError as error:
+            missing[name] = str(error)
+            continue
+        prior = f"{chosen.hidden_variance:g}, {chosen.rho:g}" if name.startswith("KBT") else ""
+        found.append(_score(task, name, seed, learner, prior))
+    return found, missing
+
+
+def ablation(task: Task, seed: int, chosen: HeadConfig) -> list[Score]:
+    """The head with one part at a time taken away or changed."""
+    variants = {
+        "chosen prior": chosen,
+        "default prior": HeadConfig(),
+        "independent prior (rho 0)": replace(chosen, rho=0.0),
+        "layers independent": replace(chosen, structure="layer"),
+        "one term of the ReLU series": replace(chosen, relu_order=1),
+        "four terms of the ReLU series": replace(chosen, relu_order=4),
+    }
+    found = []
+    for name, config in variants.items():
+        prior = f"{config.hidden_variance:g}, {config.rho}"
+        found.append(_score(task, name, seed, Head(task.features.shape[1], task.noise, config), prior))
+    return found
+
+
+def _score(task: Task, name: str, seed: int, learner: Peer, prior: str) -> Score:
+    """Learn the task's samples in their order, then look at its held-out rows."""
+    for row, label in zip(task.features, task.labels, strict=True):
+        learner.update(row, float(label))
+    mean, variance = learner.predict(task.test_features)
+    error = task.test_labels - mean
+    density = -0.5 * float(np.mean(np.log(2.0 * np.pi * variance) + error**2 / variance))
+    covered = float(np.mean(np.abs(error) <= _INTERVAL * np.sqrt(variance))) if math.isfinite(density) else math.nan
+    return Score(task.name, name, seed, float(np.sqrt(np.mean(error**2))), covered, density, prior)

@@ -1,0 +1,115 @@
+"""What this machine can do at best: bytes a second at a working set of a given size, and operations a second.
+
+The limit of an update follows: it has to read the covariance once to propagate, and to read and write it once to
+condition, whatever the arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Array = npt.NDArray[np.float64]
+
+
+@njit(fastmath=True)
+def _read(values: Array) -> float:
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+@njit(fastmath=True)
+def _rewrite(values: Array, scale: float) -> None:
+    for i in range(values.size):
+        values[i] = scale * values[i] + 1e-9
+
+
+@njit(fastmath=True)
+def _multiply_add(rounds: int) -> float:
+    held = np.ones(64)
+    for _ in range(rounds):
+        for i in range(64):
+            held[i] = 0.999 * held[i] + 0.001
+    return held.sum()
+
+
+class Limits(NamedTuple):
+    """Seconds a byte to read, seconds a byte to read and write back, and operations a second of one core."""
+
+    read_s: float
+    rewrite_s: float
+    flops: float
+
+
+def limits(working_set: int, seconds: float = 0.2) -> Limits:
+    """Measure at a working set of so many bytes.
+
+    Args:
+        working_set: Bytes that are gone through again and again; small ones stay in a cache.
+        seconds: For each measurement.
+    """
+    values = np.ones(max(working_set // 8, 64))
+    read = _best(lambda: _read(values), seconds) / values.nbytes
+    rewrite = _best(lambda: _rewrite(values, 0.999), seconds) / values.nbytes
+    rounds = 2_000
+    return Limits(read, rewrite, 2 * 64 * rounds / _best(lambda: _multiply_add(rounds), seconds))
+
+
+def _best(call: object, seconds: float) -> float:
+    """Median seconds of a call; the fastest one would be the luck of a shared machine."""
+    call()  # type: ignore[operator]
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken) < 5:
+        start = time.perf_counter()
+        call()  # type: ignore[operator]
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
+
+
+class Work(NamedTuple):
+    """What one update on one row must move and compute.
+
+    Attributes:
+        stored_bytes: Size of the covariance: read once by the forward pass, read and written once by the commit.
+        flops: Multiplications and additions.
+    """
+
+    stored_bytes: int
+    flops: int
+
+    def seconds(self, machine: Limits) -> float:
+        """The longer of moving and computing, at the machine's best."""
+        moving = self.stored_bytes * (machine.read_s + machine.rewrite_s)
+        return max(moving, self.flops / machine.flops)
+
+
+def update_work(structure: str, shapes: tuple[tuple[int, int], ...]) -> Work:
+    """Least work of an update on one row with one output.
+
+    Each stored entry is multiplied and added once to propagate and once to condition. A symmetric matrix of ``m`` rows
+    has ``m (m + 1) / 2`` entries to store, each of which stands for two in the product.
+
+    Args:
+        structure: ``joint``, ``layer``, ``neuron`` or ``diagonal``.
+        shapes: Neurons and inputs (bias included) of each layer.
+    """
+
+    def triangle(m: int) -> int:
+        return m * (m + 1) // 2
+
+    sizes = [n * k for n, k in shapes]
+    entries = {
+        "joint": triangle(sum(sizes)),
+        "layer": sum(triangle(size) for size in sizes),
+        "neuron": sum(n * triangle(k) for n, k in shapes),
+        "diagonal": sum(sizes),
+    }[structure]
+    products = entries if structure == "diagonal" else 2 * entries
+    return Work(8 * entries, 2 * products + 2 * entries)

@@ -1,0 +1,135 @@
+"""The results of one run as JSON, a page of tables and two figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from benchmarks.accuracy import Score
+from benchmarks.peers import STRUCTURES
+from benchmarks.speed import Row
+
+matplotlib.use("Agg")
+
+
+def write(out: Path, rows: Sequence[Row], scores: Sequence[Score], about: dict[str, Any]) -> Path:
+    """``bench.json``, ``benchmarks.md`` and the figures; returns the page's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"about": about, "speed": [row._asdict() for row in rows], "accuracy": [each._asdict() for each in scores]}
+    (out / "bench.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    _draw_growth(rows, out / "growth.png")
+    _draw_paper_head(rows, out / "paper_head.png")
+    page = out / "benchmarks.md"
+    page.write_text("\n".join(_page(rows, scores, about)) + "\n", encoding="utf-8")
+    return page
+
+
+def _table(heads: Sequence[str], body: Iterable[Sequence[object]]) -> list[str]:
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    return [*lines, *("| " + " | ".join(map(str, cells)) + " |" for cells in body), ""]
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def _page(rows: Sequence[Row], scores: Sequence[Score], about: dict[str, Any]) -> list[str]:
+    lines = [
+        "# Benchmarks", "",
+        f"One process, one run: {about['machine']}, {about['cores']} cores, Python {about['python']}, PyTorch "
+        f"{about['torch']}, NumPy {about['numpy']}, numba {about['numba']}, {about['date']}.",
+        "Median and 99th percentile in microseconds; *limit* is what the memory and the core of this machine would "
+        "need at best for the same working set, measured in the same run. Only ratios within one run mean anything.",
+        "",
+    ]  # fmt: skip
+    for group in dict.fromkeys(row.group for row in rows):
+        own = [row for row in rows if row.group == group]
+        lines += [f"## {group.capitalize()}", ""]
+        if group == "paper's head":
+            lines += ["![Times of the paper's head](paper_head.png)", ""]
+        if group == "width":
+            lines += ["![Time and size against width](growth.png)", ""]
+        heads = (
+            "call",
+            "weights",
+            "covariance, kB",
+            "threads",
+            "median",
+            "p99",
+            "p99 / median",
+            "limit",
+            "median / limit",
+        )
+        body = [
+            (
+                row.name, row.weights or "-", _number(row.stored_bytes / 1e3) if row.weights else "-", row.threads,
+                _number(row.median_us), _number(row.p99_us), _number(row.p99_us / row.median_us, 2),
+                _number(row.limit_us), _number(row.median_us / row.limit_us, 2),
+            )
+            for row in own
+        ]  # fmt: skip
+        lines += _table(heads, body)
+    for task in dict.fromkeys(each.task for each in scores):
+        own = [each for each in scores if each.task == task]
+        seeds = sorted({each.seed for each in own})
+        lines += [f"## {task.capitalize()}", "", f"Seeds {seeds}; mean, and the range over the seeds.", ""]
+        body = []
+        for method in dict.fromkeys(each.method for each in own):
+            found = [each for each in own if each.method == method]
+            cells = [_range([getattr(each, name) for each in found]) for name in ("error", "coverage", "density")]
+            body.append((method, *cells, "; ".join(dict.fromkeys(each.prior for each in found)) or "-"))
+        lines += _table(("method", "error", "coverage of 95 %", "log density", "hidden variance, rho"), body)
+    if about["missing"]:
+        lines += ["## Not run", "", *(f"- {name}: {reason}" for name, reason in about["missing"].items()), ""]
+    return lines
+
+
+def _range(values: Sequence[float]) -> str:
+    if any(math.isnan(value) for value in values):
+        return "-"
+    return f"{np.mean(values):.4f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _draw_growth(rows: Sequence[Row], path: Path) -> None:
+    from matplotlib import pyplot
+
+    own = [row for row in rows if row.group == "width"]
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for structure, marker in zip(STRUCTURES, "osD^", strict=True):
+        line = sorted((row for row in own if row.structure == structure), key=lambda row: row.weights)
+        if not line:
+            continue
+        weights = [row.weights for row in line]
+        (drawn,) = panels[0].plot(weights, [row.median_us for row in line], marker=marker, label=structure)
+        panels[0].plot(weights, [row.limit_us for row in line], linestyle=":", color=drawn.get_color())
+        panels[1].plot(weights, [row.stored_bytes for row in line], marker=marker, color=drawn.get_color())
+    panels[0].set(
+        xscale="log", yscale="log", xlabel="weights", ylabel="microseconds", title="One update; dotted: limit"
+    )
+    panels[1].set(xscale="log", yscale="log", xlabel="weights", ylabel="bytes", title="Covariance")
+    panels[0].legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _draw_paper_head(rows: Sequence[Row], path: Path) -> None:
+    from matplotlib import pyplot
+
+    own = [row for row in rows if row.group == "paper's head" and row.threads == 1]
+    figure, panel = pyplot.subplots(figsize=(9, 0.42 * len(own) + 1.2), constrained_layout=True)
+    places = np.arange(len(own))
+    bars = panel.barh(places, [row.median_us for row in own], color="#0072b2")
+    panel.bar_label(bars, [f"{row.median_us:.3g}" for row in own], padding=3)
+    panel.scatter([row.limit_us for row in own], places, marker="|", s=160, color="#d55e00", zorder=3, label="limit")
+    panel.set_yticks(places, [row.name for row in own])
+    panel.invert_yaxis()
+    panel.set(xscale="log", xlabel="microseconds, median", title="The paper's head, 577 weights, one thread")
+    panel.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

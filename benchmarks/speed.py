@@ -1,0 +1,193 @@
+"""Time of the encoder, of acting, of an update and of retraining: the paper's head, and sweeps of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+import kbt_rl  # noqa: F401  registers the environments
+from benchmarks.clock import Timing, in_turns
+from benchmarks.machine import limits, update_work
+from benchmarks.peers import STRUCTURES, JaxEKF
+from kbt_rl.agents.kbt import KBT
+from kbt_rl.agents.policies import TransformerPolicy
+from kbt_rl.agents.sample import Sample
+from kbt_rl.agents.warm_start import WarmStart
+from kbt_rl.experiments.learners import NOMINAL_ID
+from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.head import BayesianHead
+
+_MEMORY = 20
+
+
+class Row(NamedTuple):
+    """One timed call.
+
+    Attributes:
+        group: What is varied.
+        name: What was called.
+        structure: Of the head's covariance, or empty.
+        features: Inputs of the head.
+        width: Hidden units.
+        layers: Depth.
+        outputs: Outputs.
+        rows: Rows in one update.
+        weights: Number of weights of the head.
+        stored_bytes: Size of the covariance as this library stores it.
+        median_us: Microseconds of a call, median.
+        p99_us: 99th percentile.
+        limit_us: What the machine's memory and cores would need at best, NaN where no formula is given.
+        threads: Threads of PyTorch.
+    """
+
+    group: str
+    name: str
+    structure: str
+    features: int
+    width: int
+    layers: int
+    outputs: int
+    rows: int
+    weights: int
+    stored_bytes: int
+    median_us: float
+    p99_us: float
+    limit_us: float
+    threads: int
+
+
+def head_of(structure: str, features: int = 16, width: int = 32, layers: int = 2, outputs: int = 1) -> BayesianHead:
+    """A head with a start of random means, as after pre-training."""
+    torch.manual_seed(0)
+    config = HeadConfig(structure=structure, width=width, layers=layers, noise_variance=0.1)
+    return BayesianHead.from_linear(torch.nn.Linear(features, outputs), config)
+
+
+def _updates(head: BayesianHead, rows: int = 1) -> Callable[[], Any]:
+    """Updates on a stream of 256 samples, again and again; feature entries of order one."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((256, rows, head.in_features))
+    labels = rng.standard_normal((256, rows, head.out_features))
+    count = iter(range(10**9))
+
+    def call() -> None:
+        i = next(count) % 256
+        head.update(features[i], labels[i])
+
+    return call
+
+
+def _row(group: str, name: str, timing: Timing, head: BayesianHead | None = None, rows: int = 1) -> Row:
+    threads = torch.get_num_threads()
+    if head is None:
+        return Row(group, name, "", 0, 0, 0, 0, rows, 0, 0, timing.median_us, timing.p99_us, float("nan"), threads)
+    state = head.state
+    shapes = [(shape.n, shape.k) for shape in state.spec.shapes]
+    stored = 8 * sum(block.numel() for block in state.cov)
+    limit = float("nan")
+    if rows == 1 and head.out_features == 1:
+        work = update_work(state.spec.structure, tuple(shapes))
+        limit = 1e6 * work.seconds(limits(work.stored_bytes))
+    width = shapes[0][0] if len(shapes) > 1 else 0
+    return Row(
+        group, name, state.spec.structure, head.in_features, width, len(shapes), head.out_features, rows,
+        len(state.mean), stored, timing.median_us, timing.p99_us, limit, threads,
+    )  # fmt: skip
+
+
+def paper_head(seconds: float) -> list[Row]:
+    """Encoder, acting, update of each structure, warm start and a jitted EKF of the same size, in turns."""
+    env = gym.make(NOMINAL_ID)
+    model, baseline = KBT(env=env, seed=0), WarmStart(env=env, seed=0, memory=_MEMORY)
+    policy, plain = model.policy, baseline.policy
+    states = np.random.default_rng(1).uniform(-1, 1, (256, 1, 4)).astype(np.float32)
+    contexts = [policy.start(state) for state in states]
+    features = [policy.encode(context) for context in contexts]
+    heads = {structure: head_of(structure) for structure in STRUCTURES}
+    rival = JaxEKF(16, 0.1)
+    rng, count = np.random.default_rng(2), iter(range(10**9))
+    inputs, labels = rng.standard_normal((256, 16)), rng.standard_normal(256)
+
+    def turn(function: Callable[[int], Any]) -> Callable[[], Any]:
+        return lambda: function(next(count) % 256)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "encoder": turn(lambda i: policy.encode(contexts[i])),
+        "encoder (PyTorch layers)": turn(lambda i: _pytorch_encoder(plain, contexts[i])),
+        "act, plain network": turn(lambda i: plain.act(plain.encode(contexts[i]))),
+        "act, mean of the posterior": turn(lambda i: policy.act(policy.encode(contexts[i]))),
+        "act, mean and variance": turn(lambda i: policy.head.predict(policy.encode(contexts[i]))),
+        "head: mean": turn(lambda i: policy.act(features[i])),
+        "head: mean and variance": turn(lambda i: policy.head.predict(features[i])),
+        **{f"update, {structure}": _updates(head) for structure, head in heads.items()},
+        "update, EKF (JAX)": turn(lambda i: rival.update(inputs[i], labels[i])),
+    }
+    timings = in_turns(calls, seconds)
+    found = [_row("paper's head", name, timings[name]) for name in calls if not name.startswith("update, ")]
+    found += [_row("paper's head", f"update, {name}", timings[f"update, {name}"], head) for name, head in heads.items()]
+    found.append(_row("paper's head", "update, EKF (JAX)", timings["update, EKF (JAX)"]))
+    return [*found, _row("paper's head", f"warm start {_MEMORY}, per sample", _retraining(baseline, contexts, seconds))]
+
+
+def _pytorch_encoder(policy: TransformerPolicy, context: Any) -> Any:
+    transformer = policy.transformer
+    with torch.inference_mode():
+        tokens = transformer.embed_state(torch.from_numpy(context.observations) / transformer.observation_scale)
+        for layer in transformer.encoder.layers:
+            tokens = layer(tokens)
+    return tokens
+
+
+def _retraining(baseline: WarmStart, contexts: list[Any], seconds: float) -> Timing:
+    """Time of a training on a full memory over its samples."""
+
+    def train() -> None:
+        for context in contexts[:_MEMORY]:
+            baseline.update(Sample(context, np.zeros((1, 1))))
+
+    found = in_turns({"train": train}, max(seconds, 2.0), burst=1, warm_up=1)["train"]
+    return Timing(found.median_us / _MEMORY, found.p99_us / _MEMORY, found.calls * _MEMORY)
+
+
+def sweeps(seconds: float, largest: int) -> list[Row]:
+    """Updates over width, depth, outputs and rows of one update."""
+    widths = [width for width in (32, 64, 128, 256, 512, 1024) if width <= largest]
+    cases: dict[tuple[str, int], tuple[BayesianHead, int]] = {}
+    for width in widths:
+        for structure in STRUCTURES:
+            weights = width * 17 + width + 1
+            if weights <= {"joint": 4_000, "layer": 5_000}.get(structure, 10**6):
+                cases[f"width {width}, {structure}", 1] = head_of(structure, width=width), 1
+    for layers in (1, 2, 3, 4):
+        for structure in STRUCTURES:
+            cases[f"depth {layers}, {structure}", 1] = head_of(structure, layers=layers), 1
+    for outputs in (1, 4, 16, 64):
+        for structure in ("layer", "neuron", "diagonal"):
+            cases[f"outputs {outputs}, {structure}", 1] = head_of(structure, outputs=outputs, width=64), 1
+    for rows in (1, 4, 16, 64):
+        for structure in STRUCTURES:
+            cases[f"rows {rows}, {structure}", rows] = head_of(structure), rows
+    timings = {
+        key: in_turns({key[0]: _updates(head, rows)}, seconds)[key[0]] for key, (head, rows) in cases.items()
+    }  # each alone: a wide one would empty the caches of the others
+    return [_row(key[0].split()[0], key[0], timings[key], head, rows) for key, (head, rows) in cases.items()]
+
+
+def samples_seen(seconds: float, total: int) -> list[Row]:
+    """Updates of the same head after 1, 10, ... samples: constant time and memory."""
+    head = head_of("neuron")
+    call, found, seen = _updates(head), [], 0
+    mark = 1
+    while mark <= total:
+        while seen < mark:
+            call()
+            seen += 1
+        timing = in_turns({"update": call}, min(seconds, 0.5))["update"]
+        seen += timing.calls + 3
+        found.append(_row("samples seen", f"after {mark} samples", timing, head))
+        mark *= 10
+    return found
