@@ -27,8 +27,8 @@ from kbt_rl.inference.config import HeadConfig
 Array = npt.NDArray[np.float64]
 
 CANDIDATES = tuple(
-    HeadConfig(hidden_variance=hidden, rho=rho)
-    for hidden, rho in itertools.product((1e-6, 1e-5, 1e-4, 1e-3, 3e-3), (0.0, 0.9, 0.99))
+    HeadConfig(hidden_variance=hidden, last_variance=last, rho=rho)
+    for hidden, last, rho in itertools.product((1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2), (0.1, 1.0), (0.0, 0.9))
 )
 _INTERVAL = 1.959964
 
@@ -54,7 +54,7 @@ class Score(NamedTuple):
         error: Root mean square of prediction minus noisy label.
         coverage: Share of the labels inside 95 % intervals.
         density: Mean log predictive density of a label.
-        prior: ``hidden_variance`` and ``rho`` of the head, empty for others.
+        prior: ``hidden_variance``, ``last_variance`` and ``rho`` of the head, empty for others.
     """
 
     task: str
@@ -67,7 +67,7 @@ class Score(NamedTuple):
 
 
 def toy(seed: int, in_span: bool, samples: int = 400, held_out: int = 1_000) -> Task:
-    """Linear labels of standard normal states, seen through 16 ReLU features."""
+    """Linear labels of standard normal states, seen through 16 ReLU features, centred on the mean of the stream's."""
     gain = lqr_gain(SHIFTED)[0].ravel()
     rng = np.random.default_rng(seed)
     if in_span:
@@ -78,6 +78,7 @@ def toy(seed: int, in_span: bool, samples: int = 400, held_out: int = 1_000) -> 
     states = rng.standard_normal((samples + held_out, 4))
     labels = -states @ gain / np.linalg.norm(gain) + 0.1 * rng.standard_normal(len(states))
     features = np.maximum(states @ slopes.T + offsets, 0.0)
+    features -= features[:samples].mean(axis=0)  # as a policy's head centres its own, at pre-training; for all alike
     name = "toy, in span" if in_span else "toy, out of span"
     return Task(name, features[:samples], labels[:samples], features[samples:], labels[samples:], 0.01)
 
@@ -118,7 +119,7 @@ def score(task: Task, seed: int, chosen: HeadConfig) -> tuple[list[Score], dict[
         except ImportError as error:
             missing[name] = str(error)
             continue
-        prior = f"{chosen.hidden_variance:g}, {chosen.rho:g}" if name.startswith("KBT") else ""
+        prior = _prior(chosen) if name.startswith("KBT") else ""
         found.append(_score(task, name, seed, learner, prior))
     return found, missing
 
@@ -135,9 +136,14 @@ def ablation(task: Task, seed: int, chosen: HeadConfig) -> list[Score]:
     }
     found = []
     for name, config in variants.items():
-        prior = f"{config.hidden_variance:g}, {config.rho}"
-        found.append(_score(task, name, seed, Head(task.features.shape[1], task.noise, config), prior))
+        learner = Head(task.features.shape[1], task.noise, config)
+        found.append(_score(task, name, seed, learner, _prior(config)))
     return found
+
+
+def _prior(config: HeadConfig) -> str:
+    rho = 0.99 if config.rho is None else config.rho
+    return f"{config.hidden_variance:g}, {config.last_variance:g}, {rho:g}"
 
 
 def _score(task: Task, name: str, seed: int, learner: Peer, prior: str) -> Score:

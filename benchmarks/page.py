@@ -84,7 +84,7 @@ def _page(rows: Sequence[Row], scores: Sequence[Score], about: dict[str, Any]) -
             found = [each for each in own if each.method == method]
             cells = [_range([getattr(each, name) for each in found]) for name in ("error", "coverage", "density")]
             body.append((method, *cells, "; ".join(dict.fromkeys(each.prior for each in found)) or "-"))
-        lines += _table(("method", "error", "coverage of 95 %", "log density", "hidden variance, rho"), body)
+        lines += _table(("method", "error", "coverage of 95 %", "log density", "variances, rho"), body)
     if about["missing"]:
         lines += ["## Not run", "", *(f"- {name}: {reason}" for name, reason in about["missing"].items()), ""]
     return lines

@@ -14,7 +14,7 @@ from conftest import STRUCTURES, randn, random_state
 from torch import Tensor, nn
 
 from kbt_rl.inference import compiled, update
-from kbt_rl.inference.acting import view_mean
+from kbt_rl.inference.acting import acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import NotPositiveDefiniteError
 from kbt_rl.inference.head import BayesianHead
@@ -123,6 +123,22 @@ def test_without_numba_a_stream_ends_at_the_same_posterior(structure: str, monke
     torch.testing.assert_close(fast.mean, plain.mean, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(fast.state.dense_cov(), plain.state.dense_cov(), rtol=1e-8, atol=1e-12)
     assert int(fast.labels_seen) == int(plain.labels_seen) == 50
+
+
+@pytest.mark.usefixtures("_block_rows")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_acting_view_is_the_same(structure: str, outputs: int) -> None:
+    state = random_state(2, structure, features=5, width=7, outputs=outputs)
+    fast, plain = acting_view(state), acting_view(general(state))
+    for ours, theirs in zip(fast.weights, plain.weights, strict=True):
+        assert torch.equal(ours, theirs)
+    assert fast.hidden_form is not None
+    assert plain.hidden_form is not None
+    assert torch.equal(fast.hidden_form, plain.hidden_form)
+    assert (fast.coupling is None) == (plain.coupling is None) == (structure != "joint")
+    if fast.coupling is not None:
+        assert torch.equal(fast.coupling, plain.coupling)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

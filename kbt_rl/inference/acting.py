@@ -44,10 +44,14 @@ def acting_view(state: HeadState) -> ActingView:
     Raises:
         ValueError: The head has more than two layers, whose mean needs the whole covariance.
     """
+    layers = len(state.spec.shapes)
+    if layers > 2:
+        raise ValueError(f"an acting view holds heads of at most two layers; this one has {layers}")
+    if layers == 2 and not state.spec.feature_variance and state.engine is not None:
+        first, last, form, coupled = (torch.from_numpy(array) for array in state.engine.acting_form())
+        return ActingView((first, last), form, coupled if len(coupled) else None)
     weights = tuple(weight.clone() for weight in state.weights)
-    if len(weights) > 2:
-        raise ValueError(f"an acting view holds heads of at most two layers; this one has {len(weights)}")
-    if len(weights) == 1:
+    if layers == 1:
         return ActingView(weights)
     (n, k), (outputs, _) = state.spec.shapes
     coupling = None

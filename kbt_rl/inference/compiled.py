@@ -81,6 +81,13 @@ class RowEngine:
             step = self._code.weight_step(cross, variances, mean_step, factor, signs, kept)
         return step
 
+    def acting_form(self) -> tuple[Array, Array, Array, Array]:
+        """See ``kernels.acting_form``."""
+        form: tuple[Array, Array, Array, Array]
+        with _plain_interrupts:
+            form = self._code.acting_form(*self._posterior)
+        return form
+
     def commit(self, moved: Array, moves: Array, signs: Array) -> None:
         """``mean += moved``, ``Sigma += V diag(signs) V'`` for ``V'`` of shape ``(q, P)``, not to be interrupted."""
         self._change(self._code.commit, moved, moves, signs)

@@ -93,6 +93,12 @@ def _downdate_triangle(flat: Array, factor: Array, start: int, signs: Array, n: 
 
 
 @_compiled
+def _copy(values: Array, out: Array) -> None:
+    for i in range(values.size):
+        out[i] = values[i]
+
+
+@_compiled
 def _axpy(row: Array, scale: float, vector: Array) -> None:
     for c in range(row.size):
         row[c] += scale * vector[c]
@@ -492,6 +498,52 @@ def commit(
         _commit_dense(covs, between, shapes, moves, signs)
     else:
         _commit_neurons(covs, moves, signs)
+
+
+@_compiled
+def _entry(cov: Array, unit: int, p: int, q: int, place: int) -> float:
+    """Entry ``(p, q)`` of the covariance of one neuron's weights; in a triangle it is at ``place``."""
+    entry = 0.0
+    if cov.ndim == 1:
+        entry = cov[place]
+    elif cov.ndim == 3:
+        entry = cov[unit, p, q]
+    elif p == q:
+        entry = cov[unit, p]
+    return entry
+
+
+@_compiled
+def acting_form(
+    mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes
+) -> tuple[Array, Array, Array, Array]:
+    """What ``acting.acting_view`` takes from a posterior of two layers, as copies.
+
+    Returns:
+        Both weight means; the variance of the hidden units as a form on ``z~_p z~_q`` with ``p <= q``; the coupling,
+        empty where layers are independent.
+    """
+    (n, k, per_row), (o, _, _) = shapes
+    weights, above = np.empty((n, k)), np.empty((o, n + 1))
+    form, coupling = np.empty((k * (k + 1) // 2, n)), np.empty((o if between.size > 0 else 0, n, k))
+    _copy(mean[: n * k], weights.reshape(n * k))
+    _copy(mean[n * k :], above.reshape(o * (n + 1)))
+    offset, begin = 0, 0
+    for unit in range(n):
+        if unit == begin + per_row:  # the next block row of the triangle
+            offset += (begin + per_row) * k * per_row * k
+            begin = unit
+        width = min(begin + per_row, n) * k
+        pair = 0
+        for p in range(k):
+            row = offset + ((unit - begin) * k + p) * width + unit * k
+            for q in range(p, k):
+                entry = _entry(first, unit, p, q, row + q)
+                form[pair, unit] = entry if p == q else 2.0 * entry
+                pair += 1
+        for j in range(coupling.shape[0]):
+            _copy(between[j * (n + 1) + unit, unit * k : (unit + 1) * k], coupling[j, unit])
+    return weights, above, form, coupling
 
 
 @_compiled
