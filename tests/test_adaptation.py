@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_an_alarm_opens_the_covariance_and_keeps_the_means() -> None:
 def test_the_nis_is_judged_with_misfit_and_lagged_noise() -> None:
     """The same records through the parts by hand, in units of the target scale."""
     model = noisy_kbt()
-    strategy = ReopenOnDetection(Cusum(1e-3), misfit=0.02, noise_lag=2)
+    strategy = ReopenOnDetection(Cusum(1e-3), misfit=0.02, noise_lag=2, rest=0)
     reference, monitor = NoiseReference(0.02, 2), Cusum(1e-3)
     unit = model.policy.head.mean_square_scale
     rng = np.random.default_rng(4)
@@ -113,6 +114,17 @@ def test_the_nis_is_judged_with_misfit_and_lagged_noise() -> None:
         nis = reference.restate(info.nis, info.epistemic_variance / unit, info.predictive_variance / unit)
         assert monitor.observe(nis) == strategy.after_update(model, info)
         assert strategy.monitor.statistic == pytest.approx(monitor.statistic, rel=1e-12)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rest", [0, 3])
+def test_after_an_alarm_the_test_rests(rest: int) -> None:
+    """Labels that are always implausible: an alarm, then so many updates without one."""
+    model, strategy = noisy_kbt(), ReopenOnDetection(WindowedChiSquare(1e-5, window=1), rest=rest)
+    info = model.update(Sample(states(1, seed=3)[0], np.array([0.1])))
+    wild = dataclasses.replace(info, nis=1e6)
+    noticed = [strategy.after_update(model, wild) for _ in range(9)]
+    assert noticed == [index % (rest + 1) == 0 for index in range(9)]
+    assert strategy.alarms == sum(noticed)
 
 
 def test_missing_labels_do_not_reach_the_strategy() -> None:
@@ -164,7 +176,7 @@ def test_the_monitor_is_saved_with_the_model(tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     loaded, fresh = KBT.load(tmp_path / "model"), ReopenOnDetection(Cusum(1e-2, inflation=1.5), noise_lag=4)
     fresh.attach(loaded)
-    assert fresh.monitor.samples == 40
+    assert fresh.monitor.samples == strategy.monitor.samples > 0
     assert fresh.monitor is not strategy.monitor
     noticed = teach(model, strategy, 30, seed=5, plant=NOMINAL)
     assert any(noticed)
@@ -198,6 +210,7 @@ def test_a_strategy_serves_several_models_and_a_new_start_forgets() -> None:
         (lambda: ReopenOnDetection(fraction=2.0), "fraction is 2.0"),
         (lambda: ReopenOnDetection(misfit=-1.0), "floor is -1.0"),
         (lambda: ReopenOnDetection(noise_lag=-1), "lag is -1"),
+        (lambda: ReopenOnDetection(rest=-1), "rest is -1"),
     ],
 )
 def test_bad_settings(make: Any, message: str) -> None:

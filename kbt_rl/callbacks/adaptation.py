@@ -8,6 +8,7 @@ leaves it alone until a monitor says that the innovations are no longer plausibl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from kbt_rl.agents.kbt import KBT, KBTInfo
 from kbt_rl.inference.monitor import Cusum, Monitor, NoiseReference
@@ -92,6 +93,13 @@ class TowardsPrior(AdaptationStrategy):
         return False
 
 
+@dataclass
+class _Rest:
+    """Updates that are still left out of the test."""
+
+    left: int = 0
+
+
 class ReopenOnDetection(AdaptationStrategy):
     """Watch the normalised innovation squared; when it is implausible, keep the means and re-open the covariance.
 
@@ -105,15 +113,26 @@ class ReopenOnDetection(AdaptationStrategy):
         noise_lag: How many samples ago the noise level is taken from that innovations are judged by: 0 if the label
             noise is known, some 50 if it is learned at the same time, since what is learned swallows the change.
         fraction: How far to go towards the prior's covariance; 1 is all the way.
+        rest: Updates after an alarm that are not tested. A re-opened posterior fits its first labels all too well where
+            the frozen features cannot express the new law exactly, and would soon be re-opened again.
     """
 
     def __init__(
-        self, monitor: Monitor | None = None, *, misfit: float = 0.01, noise_lag: int = 0, fraction: float = 1.0
+        self,
+        monitor: Monitor | None = None,
+        *,
+        misfit: float = 0.01,
+        noise_lag: int = 0,
+        fraction: float = 1.0,
+        rest: int = 25,
     ) -> None:
         _check_fraction(fraction)
+        if rest < 0:
+            raise ValueError(f"rest is {rest}; a number of updates is not negative")
         self.monitor = Cusum(1e-5) if monitor is None else monitor
         self.reference = NoiseReference(misfit, noise_lag)
-        self.fraction = fraction
+        self.fraction, self.rest = fraction, rest
+        self._resting = _Rest()
 
     @property
     def alarms(self) -> int:
@@ -123,19 +142,23 @@ class ReopenOnDetection(AdaptationStrategy):
     def attach(self, model: KBT) -> None:
         """Go on where this test left off on the model, else start there."""
         test, settings = type(self.monitor), self.monitor.settings()
-        key = f"{test.__name__} {settings} {self.reference.settings()}"
+        key = f"{test.__name__} {settings} {self.reference.settings()} {self.rest}"
         if key not in model.strategy_state:  # objects of its own: a strategy may serve several models in turn
-            model.strategy_state[key] = test(**settings), NoiseReference(**self.reference.settings())
-        self.monitor, self.reference = model.strategy_state[key]
+            model.strategy_state[key] = test(**settings), NoiseReference(**self.reference.settings()), _Rest()
+        self.monitor, self.reference, self._resting = model.strategy_state[key]
 
     def after_update(self, model: KBT, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
         head = model.policy.head
         unit = head.mean_square_scale
         nis = self.reference.restate(info.nis, info.epistemic_variance / unit, info.predictive_variance / unit)
+        if self._resting.left > 0:
+            self._resting.left -= 1
+            return False
         if not self.monitor.observe(nis, info.labels * model.policy.action_size):
             return False
         head.reopen(self.fraction)
+        self._resting.left = self.rest
         return True
 
 
