@@ -104,3 +104,22 @@ class KBT(OnlineAlgorithm):
             smallest_variance=info.smallest_variance,
             label_weight=info.label_weight,
         )
+
+    def rollback(self, n: int = 1) -> int:
+        """Take back the last ``n`` updates that had a label; see ``BayesianHead.rollback``.
+
+        An update is a call of ``update``, that is one step of a rollout whatever its number of environments. Needs
+        ``policy_kwargs=dict(head=HeadConfig(history=...))``. What a strategy remembers stays: the sums of a monitor
+        hold the innovations of labels that were taken back. A strategy that loosens the posterior after every update
+        leaves nothing to undo; ``ReopenOnDetection`` leaves what came after its last alarm.
+
+        Returns:
+            Labelled rows taken back, by which ``labels_used`` is less.
+
+        Raises:
+            ValueError: Fewer updates are kept; nothing has changed.
+            UpdateError: What is left would not be a proper posterior; nothing has changed.
+        """
+        rows = self.policy.head.rollback(n)
+        self.labels_used -= rows
+        return rows
