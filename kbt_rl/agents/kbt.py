@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from torch import Tensor
 
 from kbt_rl.agents.behaviour_cloning import Array
+from kbt_rl.agents.fallback import Fallback
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo
@@ -59,6 +61,7 @@ class KBT(OnlineAlgorithm):
 
     policy: DecisionTransformerPolicy
     info_type = KBTInfo
+    fallback_limit: float | None = None  # saved, so that loading can say what is missing
 
     def __init__(
         self,
@@ -104,6 +107,23 @@ class KBT(OnlineAlgorithm):
             smallest_variance=info.smallest_variance,
             label_weight=info.label_weight,
         )
+
+    def set_fallback(self, fallback: Fallback | None) -> None:
+        """Let a controller act wherever the policy is too uncertain; see ``DecisionTransformerPolicy.set_fallback``.
+
+        It acts in ``learn``, ``predict`` and what calls it, such as ``evaluate_policy``. The file that ``save`` writes
+        has no controller; ``load`` warns that one is missing.
+        """
+        self.policy.set_fallback(fallback)
+        self.fallback_limit = None if fallback is None else fallback.limit
+
+    def _after_loading(self) -> None:
+        if self.fallback_limit is not None:
+            warnings.warn(
+                f"this model was saved with a fallback controller (limit {self.fallback_limit}), which no file holds; "
+                "the policy acts alone until set_fallback is called (set_fallback(None) before saving ends this)",
+                stacklevel=3,
+            )
 
     def rollback(self, n: int = 1) -> int:
         """Take back the last ``n`` updates that had a label; see ``BayesianHead.rollback``.

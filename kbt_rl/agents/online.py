@@ -249,8 +249,9 @@ class OnlineAlgorithm(BaseAlgorithm):
     ) -> Self:
         """Act on the mean for ``total_timesteps`` steps while callbacks update the model.
 
-        The callbacks find in their locals ``context`` and ``features`` of the new observations, beside the names that
-        SB3 provides.
+        The callbacks find in their locals ``context`` and ``features`` of the new observations and the rows
+        ``taken_over`` in which a fallback controller acted, beside the names that SB3 provides. With a fallback the
+        share of its actions since the last write is logged as ``kalman/fallback_share``.
         """
         if self.env is None:
             raise ValueError("the model has no environment; call set_env first")
@@ -277,7 +278,9 @@ class OnlineAlgorithm(BaseAlgorithm):
             if self.num_timesteps >= total_timesteps:
                 break
             assert self._features is not None
-            actions = self.policy.clip(self.policy.act(self._features))
+            actions, taken_over = self.policy.choose(self._context, self._features)
+            if self.policy.fallback is not None:
+                self.logger.record_mean("kalman/fallback_share", float(taken_over.mean()))
             new_obs, rewards, dones, infos = self.env.step(actions)
             assert isinstance(new_obs, np.ndarray)
             self.num_timesteps += self.env.num_envs
@@ -380,7 +383,12 @@ class OnlineAlgorithm(BaseAlgorithm):
         """
         if isinstance(path, (str, Path)) and not (Path(path).exists() or Path(f"{path}.zip").exists()):
             raise FileNotFoundError(f"there is no model at {path} or {path}.zip; model.save({str(path)!r}) writes one")
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model._after_loading()
+        return model
+
+    def _after_loading(self) -> None:
+        """Hook for what a subclass has to say of a model that was loaded."""
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_context", "_features"]

@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
 from kbt_rl.agents.actions import action_format
+from kbt_rl.agents.fallback import Choice, Fallback
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.models.context import ContextWindow, advance_window, start_window
@@ -55,7 +56,12 @@ class TransformerPolicy(BasePolicy):
         lr_schedule: Ignored; SB3 passes it to every policy.
         transformer: Size and context.
         observation_scale: What observations are divided by, ``(observation size,)``; 1 if None.
+
+    Attributes:
+        fallback: Who acts where the policy is too uncertain; None here, see ``DecisionTransformerPolicy``.
     """
+
+    fallback: Fallback | None = None
 
     def __init__(
         self,
@@ -124,6 +130,17 @@ class TransformerPolicy(BasePolicy):
         means = self.act(features)
         return means if self.actions.link == "identity" else _drawn(torch.from_numpy(means))
 
+    def choose(self, context: ContextWindow, features: Tensor, deterministic: bool = True) -> Choice:
+        """Actions of the environment in contexts that ``encode`` made ``features`` of, by whoever may act in each.
+
+        Args:
+            context: ``(n, ...)``, as ``start`` and ``advance`` return them.
+            features: ``(n, width)``.
+            deterministic: The mean if set, or the most probable of discrete actions; else a sample.
+        """
+        means = self.act(features) if deterministic else self.sample_actions(features)
+        return Choice(self.clip(means), np.zeros(len(means), dtype=bool))
+
     def predict(
         self,
         observation: Array | dict[str, Array],
@@ -155,9 +172,7 @@ class TransformerPolicy(BasePolicy):
         else:
             starts = np.zeros(len(batched), dtype=bool) if episode_start is None else np.asarray(episode_start, bool)
             context = self.advance(_as_window(state), batched, np.atleast_1d(starts))
-        features = self.encode(context)
-        raw = self.act(features) if deterministic else self.sample_actions(features)
-        actions = self.clip(raw)
+        actions = self.choose(context, self.encode(context), deterministic).actions
         context = self.with_action(context, actions)
         return (actions[0] if array.ndim == 1 else actions), context
 
@@ -219,9 +234,9 @@ class TransformerPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, Tensor)
-        features = self.encode(self.start(observation.cpu().numpy()))
-        actions = self.act(features) if deterministic else self.sample_actions(features)
-        return torch.as_tensor(self.clip(actions), device=self.device)
+        context = self.start(observation.cpu().numpy())
+        actions = self.choose(context, self.encode(context), deterministic).actions
+        return torch.as_tensor(actions, device=self.device)
 
 
 class DecisionTransformerPolicy(TransformerPolicy):
@@ -229,7 +244,8 @@ class DecisionTransformerPolicy(TransformerPolicy):
 
     ``predict(..., deterministic=True)`` returns the mean; else a sample of the epistemic distribution, or of the
     predictive one (label noise included) with ``sampling="predictive"``. Of discrete actions these are the most
-    probable one at the mean logits; the most probable one at sampled logits; one drawn at sampled logits.
+    probable one at the mean logits; the most probable one at sampled logits; one drawn at sampled logits. With
+    ``set_fallback`` another controller acts in the rows of which the posterior knows too little.
 
     Args:
         observation_space: A flat, finite ``Box``.
@@ -306,6 +322,42 @@ class DecisionTransformerPolicy(TransformerPolicy):
             cov = cov + prediction.aleatoric
         actions: Array = _gaussian_sample(prediction.mean, cov).cpu().numpy()
         return actions
+
+    def set_fallback(self, fallback: Fallback | None) -> None:
+        """Let a controller act, in rollouts and in ``predict``, wherever the policy is too uncertain; None for nobody.
+
+        Where it takes over, the context remembers its action, and ``deterministic`` does not matter. A controller is
+        any object, so neither ``save`` nor ``load`` takes it along: set it again on what was loaded.
+
+        Raises:
+            TypeError: The controller is neither a policy nor callable.
+            ValueError: It was made for other spaces.
+        """
+        if fallback is not None:
+            if not isinstance(fallback, Fallback):
+                raise TypeError(f"a fallback is a Fallback(controller, limit); got {type(fallback).__name__}")
+            fallback.check(self.observation_space, self.action_space)
+        self.fallback = fallback
+
+    def choose(self, context: ContextWindow, features: Tensor, deterministic: bool = True) -> Choice:
+        """See ``TransformerPolicy.choose``; with the fallback controller in the rows where it takes over."""
+        if self.fallback is None:
+            return super().choose(context, features, deterministic)
+        taken_over = self.fallback.exceeded(self.epistemic_std(features))
+        means = self.act(features) if deterministic else self.sample_actions(features)
+        if taken_over.any():
+            spaces_of_both = self.observation_space, self.action_space
+            means[taken_over] = self.fallback.means(context.newest, taken_over, *spaces_of_both)
+        return Choice(self.clip(means), taken_over)
+
+    def epistemic_std(self, features: Tensor) -> Array:
+        """Largest epistemic standard deviation over the outputs for each encoded context, ``(n,)``.
+
+        In action units; with discrete actions that of the logits.
+        """
+        cov = self.head.predict_logits(features).cov
+        deviations: Array = (cov.diagonal(dim1=-2, dim2=-1).sqrt() * self.head.target_scale).amax(-1).cpu().numpy()
+        return deviations
 
     def predict_moments(self, observation: Array | ContextWindow) -> ActionMoments:
         """What the policy expects the expert to do, and how sure it is.
