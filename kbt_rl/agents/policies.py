@@ -14,8 +14,9 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import Tensor
+from torch import Tensor, nn
 
+from kbt_rl.agents import posteriors as several
 from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback
 from kbt_rl.inference.config import HeadConfig
@@ -247,6 +248,9 @@ class DecisionTransformerPolicy(TransformerPolicy):
     probable one at the mean logits; the most probable one at sampled logits; one drawn at sampled logits. With
     ``set_fallback`` another controller acts in the rows of which the posterior knows too little.
 
+    With several ``posteriors`` there is one for each sub-environment of a vector environment, all on the same encoder
+    and from the same prior: row ``i`` of whatever is asked of the policy belongs to posterior ``i``.
+
     Args:
         observation_space: A flat, finite ``Box``.
         action_space: A flat ``Box``, or ``Discrete``, whose actions the transformer gives logits of.
@@ -256,6 +260,10 @@ class DecisionTransformerPolicy(TransformerPolicy):
         head: Depth, prior and output rule; variances are in units of the squared rms of the pre-training labels, or of
             the logits for discrete actions, whose default is ``DISCRETE_HEAD`` (rule ``laplace``).
         sampling: What ``deterministic=False`` samples from.
+        posteriors: How many; usually by ``KBT(per_env=True)``.
+
+    Attributes:
+        head: The posterior, if there is one; else ``heads`` has them all.
     """
 
     def __init__(
@@ -268,6 +276,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
         observation_scale: npt.ArrayLike | None = None,
         head: HeadConfig | None = None,
         sampling: Sampling = "epistemic",
+        posteriors: int = 1,
         **unknown: Any,
     ) -> None:
         super().__init__(
@@ -288,35 +297,75 @@ class DecisionTransformerPolicy(TransformerPolicy):
                 f"rule {self.head_config.rule!r} has a {self.head_config.link} link and the action space is {kind}; "
                 f"use {rule!r}"
             )
-        self.head = BayesianHead(self.transformer_config.width, self.action_size, self.head_config)
+        if isinstance(posteriors, bool) or not isinstance(posteriors, int) or posteriors < 1:
+            raise ValueError(f"posteriors is {posteriors!r}; a whole number, at least 1")
+        sizes = self.transformer_config.width, self.action_size
+        if posteriors == 1:
+            self.head = BayesianHead(*sizes, self.head_config)
+        else:
+            self.head_of_env = nn.ModuleList(BayesianHead(*sizes, self.head_config) for _ in range(posteriors))
         self.reset_head()
 
+    @property
+    def heads(self) -> tuple[BayesianHead, ...]:
+        """All posteriors: one, or one for each environment."""
+        several_heads = self._modules.get("head_of_env")
+        return (self.head,) if several_heads is None else tuple(several_heads.children())  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "head" and "head_of_env" in self.__dict__.get("_modules", {}):
+            raise AttributeError(
+                f"this policy has {len(self.heads)} posteriors, one for each environment: ask policy.heads[i], or take "
+                "one out by policy.select(i)"
+            )
+        return super().__getattr__(name)
+
+    def select(self, index: int) -> DecisionTransformerPolicy:
+        """A policy of its own with one of the posteriors and a copy of the encoder, for deployment.
+
+        The fallback comes along. To learn on with it, give its weights to a ``KBT`` with one posterior:
+        ``model.policy.load_state_dict(policy.select(i).state_dict())``.
+
+        Raises:
+            IndexError: There is no such posterior.
+        """
+        heads = self.heads
+        if not 0 <= index < len(heads):
+            raise IndexError(f"posterior {index} was asked for; there are {len(heads)}, from 0")
+        alone = type(self)(**{**self._get_constructor_parameters(), "posteriors": 1}).to(self.device)
+        alone.transformer.load_state_dict(self.transformer.state_dict())
+        alone.head.load_state_dict(heads[index].state_dict())
+        alone.fallback = self.fallback
+        return alone
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "head": self.head_config, "sampling": self.sampling}
+        own = {"head": self.head_config, "sampling": self.sampling, "posteriors": len(self.heads)}
+        return {**super()._get_constructor_parameters(), **own}
 
     def reset_head(self) -> None:
-        """Start the posterior anew: the prior reproduces the transformer's last layer, on centred features."""
+        """Start every posterior anew: the prior reproduces the transformer's last layer, on centred features."""
         linear, scale = self.transformer.linear, self.transformer.action_scale
-        self.head.reset(
-            linear.weight * scale.unsqueeze(-1),
-            linear.bias * scale,
-            feature_mean=self.transformer.feature_mean,
-            target_scale=scale,
-        )
+        for head in self.heads:
+            head.reset(
+                linear.weight * scale.unsqueeze(-1),
+                linear.bias * scale,
+                feature_mean=self.transformer.feature_mean,
+                target_scale=scale,
+            )
 
     def act(self, features: Tensor) -> Array:
         """Posterior mean of the action, ``(n, action size)``, unclipped float64; probabilities of discrete ones."""
         with torch.inference_mode():
-            mean: Array = self.head(features).cpu().numpy()
+            mean: Array = several.mean(self.heads, features).cpu().numpy()
             return mean
 
     def sample_actions(self, features: Tensor) -> Array:
         """One sample a row from the epistemic or the predictive distribution, unclipped."""
         if self.actions.link == "softmax":
-            logits = self.head.predict_logits(features)
+            logits = several.logits(self.heads, features)
             sampled = torch.softmax(_gaussian_sample(logits.mean, logits.cov), dim=-1)
             return _drawn(sampled) if self.sampling == "predictive" else sampled.cpu().numpy()
-        prediction = self.head.predict(features)
+        prediction = several.predict(self.heads, features)
         cov = prediction.epistemic
         if self.sampling == "predictive":
             cov = cov + prediction.aleatoric
@@ -355,8 +404,8 @@ class DecisionTransformerPolicy(TransformerPolicy):
 
         In action units; with discrete actions that of the logits.
         """
-        cov = self.head.predict_logits(features).cov
-        deviations: Array = (cov.diagonal(dim1=-2, dim2=-1).sqrt() * self.head.target_scale).amax(-1).cpu().numpy()
+        deviation = several.logits(self.heads, features).cov.diagonal(dim1=-2, dim2=-1).sqrt()
+        deviations: Array = (deviation * self.heads[0].target_scale).amax(-1).cpu().numpy()
         return deviations
 
     def predict_moments(self, observation: Array | ContextWindow) -> ActionMoments:
@@ -374,7 +423,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
             self.check_observations(context.newest)
         else:
             context = self.start(np.atleast_2d(np.asarray(observation)))
-        prediction = self.head.predict(self.encode(context))
+        prediction = several.predict(self.heads, self.encode(context))
         return ActionMoments(*(part.cpu().numpy() for part in prediction))
 
 
