@@ -109,7 +109,8 @@ class KBT(OnlineAlgorithm):
             )
 
     def _check_rows(self, rows: int) -> None:
-        several.check_rows(self.policy.heads, rows)
+        if self.posteriors > 1:
+            several.check_rows(self.policy.heads, rows)
 
     def _setup_model(self) -> None:
         super()._setup_model()

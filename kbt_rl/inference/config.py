@@ -43,7 +43,7 @@ class HeadConfig:
         robust_dof: Degrees of freedom of Student's t noise, 2 to 10 say, so that wild labels count for little; None for
             Gaussian noise. The noise covariance is then that of ordinary labels (rule ``measure`` only).
         history: Updates to keep for ``BayesianHead.rollback``, 0 for none. One of a single row takes as much memory as
-            the weight means times one more than the outputs, and some microseconds more than without a history.
+            the weight means times one more than the outputs. An update then takes up to twice the time.
     """
 
     layers: int = 2
