@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 if TYPE_CHECKING:
+    from kbt_rl.agents.fallback import Fallback
     from kbt_rl.agents.kbt import KBT
     from kbt_rl.agents.lqr import LQRExpert
     from kbt_rl.agents.policies import DecisionTransformerPolicy
@@ -32,6 +33,7 @@ __all__ = [
     "BayesianHead",
     "DecisionTransformerConfig",
     "DecisionTransformerPolicy",
+    "Fallback",
     "HeadConfig",
     "InvertedPendulumParams",
     "KalmanAdapter",
@@ -46,6 +48,7 @@ _MODULE_OF = {
     "BayesianHead": "kbt_rl.inference.head",
     "DecisionTransformerConfig": "kbt_rl.models.decision_transformer",
     "DecisionTransformerPolicy": "kbt_rl.agents.policies",
+    "Fallback": "kbt_rl.agents.fallback",
     "HeadConfig": "kbt_rl.inference.config",
     "InvertedPendulumParams": "kbt_rl.envs",
     "KalmanAdapter": "kbt_rl.callbacks",

@@ -21,7 +21,12 @@ def main_of(name: str) -> Any:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"adapt_pendulum", "longer_context", "robot_loop"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "adapt_pendulum",
+        "fallback",
+        "longer_context",
+        "robot_loop",
+    }
 
 
 def test_adapt_pendulum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,3 +53,13 @@ def test_longer_context(capsys: pytest.CaptureFixture[str]) -> None:
     assert 1 <= before <= 500
     assert 1 <= after <= 500
     assert "after 40 labels" in capsys.readouterr().out
+
+
+def test_fallback(capsys: pytest.CaptureFixture[str]) -> None:
+    shares = main_of("fallback")(seconds=4, pretraining=SMALL)
+    assert len(shares) == 4
+    assert shares[0] > 0.3
+    assert shares[-1] < 0.1
+    said = capsys.readouterr().out
+    assert "second 1: the controller chose" in said
+    assert "the pole stands" in said

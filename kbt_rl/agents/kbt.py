@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from kbt_rl.agents import posteriors as several
 from kbt_rl.agents.behaviour_cloning import Array
+from kbt_rl.agents.fallback import Fallback
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo
@@ -55,10 +59,17 @@ class KBT(OnlineAlgorithm):
         verbose: 0 silent, 1 training output.
         seed: Seed of the initial weights, the label stream and the environment.
         device: The CPU by default: one update is bound by latency.
+        per_env: Whether each sub-environment of ``env`` has a posterior of its own, on the encoder that all share and
+            from the same prior; else one posterior learns from all of them. With it every sample, observation and
+            rollout has one row for each, in their order, and a row without a label leaves its posterior as it is.
+
+    Attributes:
+        posteriors: How many there are.
     """
 
     policy: DecisionTransformerPolicy
     info_type = KBTInfo
+    fallback_limit: float | None = None  # saved, so that loading can say what is missing
 
     def __init__(
         self,
@@ -71,12 +82,35 @@ class KBT(OnlineAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: str = "cpu",
+        per_env: bool = False,
         _init_setup_model: bool = True,
     ) -> None:
+        self.per_env = per_env
         super().__init__(
             policy, env, n_steps, policy_kwargs, stats_window_size, tensorboard_log, verbose, seed, device,
-            _init_setup_model,
+            _init_setup_model=False,
         )  # fmt: skip
+        self.posteriors: int = self.n_envs if per_env else 1
+        if _init_setup_model:
+            self._setup_model()
+
+    def _policy_arguments(self) -> dict[str, Any]:
+        arguments = super()._policy_arguments()
+        if "posteriors" in arguments:
+            raise ValueError("policy_kwargs state posteriors; KBT has one for each environment with per_env=True")
+        return arguments if self.posteriors == 1 else {**arguments, "posteriors": self.posteriors}
+
+    def _check_env(self, env: VecEnv) -> None:
+        super()._check_env(env)
+        if self.per_env and env.num_envs != self.posteriors:
+            raise ValueError(
+                f"the new environment has {env.num_envs} sub-environments and this model {self.posteriors} posteriors, "
+                f"one for each; make it with {self.posteriors}, or take one posterior out by model.policy.select(i)"
+            )
+
+    def _check_rows(self, rows: int) -> None:
+        if self.posteriors > 1:
+            several.check_rows(self.policy.heads, rows)
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -89,12 +123,12 @@ class KBT(OnlineAlgorithm):
         """Start from the prior: a head that reproduces the pre-trained layer."""
         self.policy.reset_head()
 
-    def _update(self, context: ContextWindow, target: Array, features: Tensor | None) -> KBTInfo:
+    def _update(self, context: ContextWindow, target: Array, features: Tensor | None, rows: Array) -> KBTInfo:
         if features is None:
             features = self.policy.encode(context)
-        head = self.policy.head
-        info = head.update(features, target)
-        unit = head.mean_square_scale
+        heads = self.policy.heads
+        info = several.update(heads, rows, features, target)
+        unit = heads[0].mean_square_scale
         return KBTInfo(
             labels=len(target),
             innovation=info.innovation * unit**0.5,
@@ -104,3 +138,48 @@ class KBT(OnlineAlgorithm):
             smallest_variance=info.smallest_variance,
             label_weight=info.label_weight,
         )
+
+    def set_fallback(self, fallback: Fallback | None) -> None:
+        """Let a controller act wherever the policy is too uncertain; see ``DecisionTransformerPolicy.set_fallback``.
+
+        It acts in ``learn``, ``predict`` and what calls it, such as ``evaluate_policy``. The file that ``save`` writes
+        has no controller; ``load`` warns that one is missing.
+        """
+        self.policy.set_fallback(fallback)
+        self.fallback_limit = None if fallback is None else fallback.limit
+
+    def _after_loading(self) -> None:
+        if self.fallback_limit is not None:
+            warnings.warn(
+                f"this model was saved with a fallback controller (limit {self.fallback_limit}), which no file holds; "
+                "the policy acts alone until set_fallback is called (set_fallback(None) before saving ends this)",
+                stacklevel=3,
+            )
+
+    def rollback(self, n: int = 1, env: int | None = None) -> int:
+        """Take back the last ``n`` updates that had a label; see ``BayesianHead.rollback``.
+
+        An update is a call of ``update``, that is one step of a rollout whatever its number of environments. Needs
+        ``policy_kwargs=dict(head=HeadConfig(history=...))``. What a strategy remembers stays: the sums of a monitor
+        hold the innovations of labels that were taken back. A strategy that loosens the posterior after every update
+        leaves nothing to undo; ``ReopenOnDetection`` leaves what came after its last alarm.
+
+        Args:
+            n: Updates to take back.
+            env: With ``per_env``, the sub-environment whose posterior forgets; None for all. Each then takes back its
+                own last ``n``, which are not of the same steps where labels were missing.
+
+        Returns:
+            Labelled rows taken back, by which ``labels_used`` is less.
+
+        Raises:
+            IndexError: There is no posterior ``env``.
+            ValueError: Fewer updates are kept; nothing has changed.
+            UpdateError: What is left would not be a proper posterior; nothing has changed.
+        """
+        heads = self.policy.heads
+        if env is not None and not 0 <= env < len(heads):
+            raise IndexError(f"posterior {env} was to forget; there are {len(heads)}, from 0")
+        rows = several.rollback(heads if env is None else [heads[env]], n)
+        self.labels_used -= rows
+        return rows

@@ -117,15 +117,19 @@ class OnlineAlgorithm(BaseAlgorithm):
         if not hasattr(self, "observation_space"):
             raise ValueError(f"{type(self).__name__} takes its spaces from an environment; pass env")
         if self.env is not None:  # a loaded model may come with another one
-            self._check_action_scale(self.env)
+            self._check_env(self.env)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        arguments = dict(self.policy_kwargs)
+        arguments = self._policy_arguments()
         if "observation_scale" not in arguments and self.label_space is not None:
             arguments["observation_scale"] = np.maximum(np.abs(self.label_space.low), np.abs(self.label_space.high))
         policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **arguments)
         assert isinstance(policy, TransformerPolicy)
         self.policy = policy.to(self.device)
+
+    def _policy_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the policy."""
+        return dict(self.policy_kwargs)
 
     # ------------------------------------------------------------------ learning
 
@@ -149,6 +153,7 @@ class OnlineAlgorithm(BaseAlgorithm):
             if sample.features is None:  # else it was checked when it was encoded
                 self.policy.check_observations(context.newest)
         target = self.policy.actions.targets(sample.target)
+        self._check_rows(len(context.timesteps))
         rows = labelled_rows(target, sample.mask, len(context.timesteps), self.policy.action_size)
         if len(rows) == 0:
             return self.info_type(labels=0, innovation=float("nan"))
@@ -159,13 +164,25 @@ class OnlineAlgorithm(BaseAlgorithm):
         if len(rows) < len(target):
             context = context.rows(rows)
             features = None if features is None else features[rows]
-        info = self._update(context, target[rows], features)
+        info = self._update(context, target[rows], features, rows)
         self.labels_used += len(rows)
         return info
 
+    def _check_rows(self, rows: int) -> None:
+        """Hook: raise ValueError if this learner cannot learn from a sample of so many rows, labelled or not."""
+
     @abstractmethod
-    def _update(self, context: ContextWindow, target: cloning.Array, features: Tensor | None) -> LearnerInfo:
-        """Learn from rows that all have a label; ``features`` where the caller has encoded the context already."""
+    def _update(
+        self, context: ContextWindow, target: cloning.Array, features: Tensor | None, rows: cloning.Array
+    ) -> LearnerInfo:
+        """Learn from rows that all have a label.
+
+        Args:
+            context: Of these rows.
+            target: ``(n, action size)``.
+            features: ``(n, width)`` where the caller has encoded the context already.
+            rows: Which rows of the sample they are, ``(n,)``, ascending.
+        """
 
     def pretrain(
         self, expert: Expert, config: PretrainConfig | None = None, progress_bar: bool | None = None
@@ -249,8 +266,9 @@ class OnlineAlgorithm(BaseAlgorithm):
     ) -> Self:
         """Act on the mean for ``total_timesteps`` steps while callbacks update the model.
 
-        The callbacks find in their locals ``context`` and ``features`` of the new observations, beside the names that
-        SB3 provides.
+        The callbacks find in their locals ``context`` and ``features`` of the new observations and the rows
+        ``taken_over`` in which a fallback controller acted, beside the names that SB3 provides. With a fallback the
+        share of its actions since the last write is logged as ``kalman/fallback_share``.
         """
         if self.env is None:
             raise ValueError("the model has no environment; call set_env first")
@@ -277,7 +295,9 @@ class OnlineAlgorithm(BaseAlgorithm):
             if self.num_timesteps >= total_timesteps:
                 break
             assert self._features is not None
-            actions = self.policy.clip(self.policy.act(self._features))
+            actions, taken_over = self.policy.choose(self._context, self._features)
+            if self.policy.fallback is not None:
+                self.logger.record_mean("kalman/fallback_share", float(taken_over.mean()))
             new_obs, rewards, dones, infos = self.env.step(actions)
             assert isinstance(new_obs, np.ndarray)
             self.num_timesteps += self.env.num_envs
@@ -334,7 +354,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         """
         wrapped = self._wrap_env(env, self.verbose)
         check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
-        self._check_action_scale(wrapped)
+        self._check_env(wrapped)
         self.n_envs = wrapped.num_envs
         super().set_env(wrapped, force_reset)
         if force_reset and self.seed is not None:
@@ -346,6 +366,10 @@ class OnlineAlgorithm(BaseAlgorithm):
         if not np.isfinite(self.max_force):
             self.max_force = max_force(wrapped)
         self.forces = force_levels(wrapped) if self.forces is None else self.forces
+
+    def _check_env(self, env: VecEnv) -> None:
+        """Raise ValueError if this model cannot act in ``env``, whose spaces fit."""
+        self._check_action_scale(env)
 
     def _check_action_scale(self, env: VecEnv) -> None:
         """Raise ValueError if an action stands for another force in ``env`` than the policy was trained with."""
@@ -380,7 +404,12 @@ class OnlineAlgorithm(BaseAlgorithm):
         """
         if isinstance(path, (str, Path)) and not (Path(path).exists() or Path(f"{path}.zip").exists()):
             raise FileNotFoundError(f"there is no model at {path} or {path}.zip; model.save({str(path)!r}) writes one")
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model._after_loading()
+        return model
+
+    def _after_loading(self) -> None:
+        """Hook for what a subclass has to say of a model that was loaded."""
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_context", "_features"]

@@ -14,9 +14,11 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import Tensor
+from torch import Tensor, nn
 
+from kbt_rl.agents import posteriors as several
 from kbt_rl.agents.actions import action_format
+from kbt_rl.agents.fallback import Choice, Fallback
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.models.context import ContextWindow, advance_window, start_window
@@ -55,7 +57,12 @@ class TransformerPolicy(BasePolicy):
         lr_schedule: Ignored; SB3 passes it to every policy.
         transformer: Size and context.
         observation_scale: What observations are divided by, ``(observation size,)``; 1 if None.
+
+    Attributes:
+        fallback: Who acts where the policy is too uncertain; None here, see ``DecisionTransformerPolicy``.
     """
+
+    fallback: Fallback | None = None
 
     def __init__(
         self,
@@ -124,6 +131,17 @@ class TransformerPolicy(BasePolicy):
         means = self.act(features)
         return means if self.actions.link == "identity" else _drawn(torch.from_numpy(means))
 
+    def choose(self, context: ContextWindow, features: Tensor, deterministic: bool = True) -> Choice:
+        """Actions of the environment in contexts that ``encode`` made ``features`` of, by whoever may act in each.
+
+        Args:
+            context: ``(n, ...)``, as ``start`` and ``advance`` return them.
+            features: ``(n, width)``.
+            deterministic: The mean if set, or the most probable of discrete actions; else a sample.
+        """
+        means = self.act(features) if deterministic else self.sample_actions(features)
+        return Choice(self.clip(means), np.zeros(len(means), dtype=bool))
+
     def predict(
         self,
         observation: Array | dict[str, Array],
@@ -155,9 +173,7 @@ class TransformerPolicy(BasePolicy):
         else:
             starts = np.zeros(len(batched), dtype=bool) if episode_start is None else np.asarray(episode_start, bool)
             context = self.advance(_as_window(state), batched, np.atleast_1d(starts))
-        features = self.encode(context)
-        raw = self.act(features) if deterministic else self.sample_actions(features)
-        actions = self.clip(raw)
+        actions = self.choose(context, self.encode(context), deterministic).actions
         context = self.with_action(context, actions)
         return (actions[0] if array.ndim == 1 else actions), context
 
@@ -219,9 +235,9 @@ class TransformerPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, Tensor)
-        features = self.encode(self.start(observation.cpu().numpy()))
-        actions = self.act(features) if deterministic else self.sample_actions(features)
-        return torch.as_tensor(self.clip(actions), device=self.device)
+        context = self.start(observation.cpu().numpy())
+        actions = self.choose(context, self.encode(context), deterministic).actions
+        return torch.as_tensor(actions, device=self.device)
 
 
 class DecisionTransformerPolicy(TransformerPolicy):
@@ -229,7 +245,11 @@ class DecisionTransformerPolicy(TransformerPolicy):
 
     ``predict(..., deterministic=True)`` returns the mean; else a sample of the epistemic distribution, or of the
     predictive one (label noise included) with ``sampling="predictive"``. Of discrete actions these are the most
-    probable one at the mean logits; the most probable one at sampled logits; one drawn at sampled logits.
+    probable one at the mean logits; the most probable one at sampled logits; one drawn at sampled logits. With
+    ``set_fallback`` another controller acts in the rows of which the posterior knows too little.
+
+    With several ``posteriors`` there is one for each sub-environment of a vector environment, all on the same encoder
+    and from the same prior: row ``i`` of whatever is asked of the policy belongs to posterior ``i``.
 
     Args:
         observation_space: A flat, finite ``Box``.
@@ -240,6 +260,10 @@ class DecisionTransformerPolicy(TransformerPolicy):
         head: Depth, prior and output rule; variances are in units of the squared rms of the pre-training labels, or of
             the logits for discrete actions, whose default is ``DISCRETE_HEAD`` (rule ``laplace``).
         sampling: What ``deterministic=False`` samples from.
+        posteriors: How many; usually by ``KBT(per_env=True)``.
+
+    Attributes:
+        head: The posterior, if there is one; else ``heads`` has them all.
     """
 
     def __init__(
@@ -252,6 +276,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
         observation_scale: npt.ArrayLike | None = None,
         head: HeadConfig | None = None,
         sampling: Sampling = "epistemic",
+        posteriors: int = 1,
         **unknown: Any,
     ) -> None:
         super().__init__(
@@ -272,40 +297,116 @@ class DecisionTransformerPolicy(TransformerPolicy):
                 f"rule {self.head_config.rule!r} has a {self.head_config.link} link and the action space is {kind}; "
                 f"use {rule!r}"
             )
-        self.head = BayesianHead(self.transformer_config.width, self.action_size, self.head_config)
+        if isinstance(posteriors, bool) or not isinstance(posteriors, int) or posteriors < 1:
+            raise ValueError(f"posteriors is {posteriors!r}; a whole number, at least 1")
+        sizes = self.transformer_config.width, self.action_size
+        if posteriors == 1:
+            self.head = BayesianHead(*sizes, self.head_config)
+        else:
+            self.head_of_env = nn.ModuleList(BayesianHead(*sizes, self.head_config) for _ in range(posteriors))
         self.reset_head()
 
+    @property
+    def heads(self) -> tuple[BayesianHead, ...]:
+        """All posteriors: one, or one for each environment."""
+        several_heads = self._modules.get("head_of_env")
+        return (self.head,) if several_heads is None else tuple(several_heads.children())  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "head" and "head_of_env" in self.__dict__.get("_modules", {}):
+            raise AttributeError(
+                f"this policy has {len(self.heads)} posteriors, one for each environment: ask policy.heads[i], or take "
+                "one out by policy.select(i)"
+            )
+        return super().__getattr__(name)
+
+    def select(self, index: int) -> DecisionTransformerPolicy:
+        """A policy of its own with one of the posteriors and a copy of the encoder, for deployment.
+
+        The fallback comes along. To learn on with it, give its weights to a ``KBT`` with one posterior:
+        ``model.policy.load_state_dict(policy.select(i).state_dict())``.
+
+        Raises:
+            IndexError: There is no such posterior.
+        """
+        heads = self.heads
+        if not 0 <= index < len(heads):
+            raise IndexError(f"posterior {index} was asked for; there are {len(heads)}, from 0")
+        alone = type(self)(**{**self._get_constructor_parameters(), "posteriors": 1}).to(self.device)
+        alone.transformer.load_state_dict(self.transformer.state_dict())
+        alone.head.load_state_dict(heads[index].state_dict())
+        alone.fallback = self.fallback
+        return alone
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "head": self.head_config, "sampling": self.sampling}
+        own = {"head": self.head_config, "sampling": self.sampling, "posteriors": len(self.heads)}
+        return {**super()._get_constructor_parameters(), **own}
 
     def reset_head(self) -> None:
-        """Start the posterior anew: the prior reproduces the transformer's last layer, on centred features."""
+        """Start every posterior anew: the prior reproduces the transformer's last layer, on centred features."""
         linear, scale = self.transformer.linear, self.transformer.action_scale
-        self.head.reset(
-            linear.weight * scale.unsqueeze(-1),
-            linear.bias * scale,
-            feature_mean=self.transformer.feature_mean,
-            target_scale=scale,
-        )
+        for head in self.heads:
+            head.reset(
+                linear.weight * scale.unsqueeze(-1),
+                linear.bias * scale,
+                feature_mean=self.transformer.feature_mean,
+                target_scale=scale,
+            )
 
     def act(self, features: Tensor) -> Array:
         """Posterior mean of the action, ``(n, action size)``, unclipped float64; probabilities of discrete ones."""
         with torch.inference_mode():
-            mean: Array = self.head(features).cpu().numpy()
+            mean: Array = several.mean(self.heads, features).cpu().numpy()
             return mean
 
     def sample_actions(self, features: Tensor) -> Array:
         """One sample a row from the epistemic or the predictive distribution, unclipped."""
         if self.actions.link == "softmax":
-            logits = self.head.predict_logits(features)
+            logits = several.logits(self.heads, features)
             sampled = torch.softmax(_gaussian_sample(logits.mean, logits.cov), dim=-1)
             return _drawn(sampled) if self.sampling == "predictive" else sampled.cpu().numpy()
-        prediction = self.head.predict(features)
+        prediction = several.predict(self.heads, features)
         cov = prediction.epistemic
         if self.sampling == "predictive":
             cov = cov + prediction.aleatoric
         actions: Array = _gaussian_sample(prediction.mean, cov).cpu().numpy()
         return actions
+
+    def set_fallback(self, fallback: Fallback | None) -> None:
+        """Let a controller act, in rollouts and in ``predict``, wherever the policy is too uncertain; None for nobody.
+
+        Where it takes over, the context remembers its action, and ``deterministic`` does not matter. A controller is
+        any object, so neither ``save`` nor ``load`` takes it along: set it again on what was loaded.
+
+        Raises:
+            TypeError: The controller is neither a policy nor callable.
+            ValueError: It was made for other spaces.
+        """
+        if fallback is not None:
+            if not isinstance(fallback, Fallback):
+                raise TypeError(f"a fallback is a Fallback(controller, limit); got {type(fallback).__name__}")
+            fallback.check(self.observation_space, self.action_space)
+        self.fallback = fallback
+
+    def choose(self, context: ContextWindow, features: Tensor, deterministic: bool = True) -> Choice:
+        """See ``TransformerPolicy.choose``; with the fallback controller in the rows where it takes over."""
+        if self.fallback is None:
+            return super().choose(context, features, deterministic)
+        taken_over = self.fallback.exceeded(self.epistemic_std(features))
+        means = self.act(features) if deterministic else self.sample_actions(features)
+        if taken_over.any():
+            spaces_of_both = self.observation_space, self.action_space
+            means[taken_over] = self.fallback.means(context.newest, taken_over, *spaces_of_both)
+        return Choice(self.clip(means), taken_over)
+
+    def epistemic_std(self, features: Tensor) -> Array:
+        """Largest epistemic standard deviation over the outputs for each encoded context, ``(n,)``.
+
+        In action units; with discrete actions that of the logits.
+        """
+        deviation = several.logits(self.heads, features).cov.diagonal(dim1=-2, dim2=-1).sqrt()
+        deviations: Array = (deviation * self.heads[0].target_scale).amax(-1).cpu().numpy()
+        return deviations
 
     def predict_moments(self, observation: Array | ContextWindow) -> ActionMoments:
         """What the policy expects the expert to do, and how sure it is.
@@ -322,7 +423,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
             self.check_observations(context.newest)
         else:
             context = self.start(np.atleast_2d(np.asarray(observation)))
-        prediction = self.head.predict(self.encode(context))
+        prediction = several.predict(self.heads, self.encode(context))
         return ActionMoments(*(part.cpu().numpy() for part in prediction))
 
 

@@ -96,7 +96,7 @@ class WarmStart(OnlineAlgorithm):
         """Forget samples that waited for a training."""
         self._stored = []
 
-    def _update(self, context: ContextWindow, target: Array, features: Tensor | None) -> WarmStartInfo:
+    def _update(self, context: ContextWindow, target: Array, features: Tensor | None, rows: Array) -> WarmStartInfo:
         if features is None:
             features = self.policy.encode(context)
         error = target - self.policy.act(features)

@@ -162,6 +162,7 @@ class KalmanAdapter(OnlineAdapter):
     Args:
         *args: See ``OnlineAdapter``.
         strategy: What to do about a world that moves again, see ``kbt_rl.callbacks.adaptation``; None does nothing.
+            For models with one posterior.
         **kwargs: See ``OnlineAdapter``.
     """
 
@@ -180,8 +181,14 @@ class KalmanAdapter(OnlineAdapter):
 
     def _on_training_start(self) -> None:
         super()._on_training_start()
-        if self.strategy is not None:
-            self.strategy.attach(self.model)
+        if self.strategy is None:
+            return
+        if self.model.posteriors > 1:
+            raise ValueError(
+                f"the model has {self.model.posteriors} posteriors and {type(self.strategy).__name__} watches one; use "
+                "it with per_env=False, or with one model for each environment"
+            )
+        self.strategy.attach(self.model)
 
     def _record(self, info: LearnerInfo) -> None:
         super()._record(info)
@@ -190,7 +197,7 @@ class KalmanAdapter(OnlineAdapter):
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
         self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.actions.degrees_of_freedom))
         self.logger.record("kalman/smallest_variance", info.smallest_variance)
-        if self.model.policy.head.noise_model is not None:
+        if self.model.policy.heads[0].noise_model is not None:
             self.logger.record_mean("kalman/noise_variance", info.predictive_variance - info.epistemic_variance)
             self.logger.record_mean("kalman/label_weight", info.label_weight)
         if self.strategy is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from kbt_rl.agents import posteriors
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.online import OnlineAlgorithm
 
@@ -79,31 +80,36 @@ class VarianceGate(QueryRule):
         return mask
 
 
-def epistemic_variance(model: OnlineAlgorithm, features: Tensor) -> npt.NDArray[Any]:
+def epistemic_variance(model: OnlineAlgorithm, features: Tensor, each: int = 1) -> npt.NDArray[Any]:
     """Average epistemic variance of the outputs in the head's own units, ``(n,)``.
+
+    Args:
+        model: The learner.
+        features: ``(n, width)``; with one posterior for each environment, ``each`` successive rows of each.
+        each: See there.
 
     Raises:
         TypeError: The model has no posterior.
     """
-    cov = _head_of(model).predict_logits(features).cov
+    cov = posteriors.logits(_heads_of(model), features, each).cov
     variance: npt.NDArray[Any] = cov.diagonal(dim1=-2, dim2=-1).mean(-1).cpu().numpy()
     return variance
 
 
-def noise_variance(model: OnlineAlgorithm) -> float:
-    """Average noise variance of the outputs in the head's own units.
+def noise_variance(model: OnlineAlgorithm) -> npt.NDArray[Any]:
+    """Average noise variance of the outputs of each posterior in the head's own units, ``(posteriors,)``.
 
     Raises:
         TypeError: The model has no posterior.
-        ValueError: The noise variance is 0.
+        ValueError: A noise variance is 0.
     """
-    variance = float(_head_of(model).noise_cov.diagonal().mean())
-    if not variance > 0.0:
+    variances = np.array([float(head.noise_cov.diagonal().mean()) for head in _heads_of(model)])
+    if not (variances > 0.0).all():
         raise ValueError("the head's noise variance is 0, so nothing is small beside it; set_noise to what labels have")
-    return variance
+    return variances
 
 
-def _head_of(model: OnlineAlgorithm) -> Any:
+def _heads_of(model: OnlineAlgorithm) -> posteriors.Heads:
     if not isinstance(model, KBT):
         raise TypeError(f"{type(model).__name__} has no posterior to ask; variance-based queries need KBT")
-    return model.policy.head
+    return model.policy.heads

@@ -132,13 +132,13 @@ class UncertainStream(IidStream):
     def check(self, model: OnlineAlgorithm) -> None:
         """Only a posterior knows what it does not know."""
         super().check(model)
-        epistemic_variance(model, torch.zeros(1, model.policy.transformer_config.width))
+        epistemic_variance(model, torch.zeros(model.n_envs, model.policy.transformer_config.width))
 
     def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch:
         """See ``SampleStream``."""
         context = model.policy.start(self._draw(model, self.pool * model.n_envs))
         features = model.policy.encode(context)
-        by_env = epistemic_variance(model, features).reshape(model.n_envs, self.pool)
+        by_env = epistemic_variance(model, features, each=self.pool).reshape(model.n_envs, self.pool)
         chosen = by_env.argmax(axis=1) + self.pool * np.arange(model.n_envs)
         return StreamBatch(context.rows(chosen), features[chosen])
 
@@ -169,6 +169,11 @@ class RecordedStream(SampleStream):
         for name, array, size in sizes:
             if array.ndim != 2 or array.shape[1] != size:
                 raise ValueError(f"the recorded {name} have shape {array.shape}; expected (N, {size})")
+        if getattr(model, "per_env", False) and len(self.targets) % model.n_envs:
+            raise ValueError(
+                f"the recording has {len(self.targets)} rows, which are {model.n_envs} a step, one for each posterior; "
+                "fill the last step up with targets of NaN"
+            )
 
     def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch | None:
         """See ``SampleStream``; None once the recording has ended."""

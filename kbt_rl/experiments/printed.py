@@ -23,7 +23,7 @@ class PrintedKBT(KBT):
 
     failed_after: int | None = None
 
-    def _update(self, context: ContextWindow, target: Array, features: Tensor | None) -> KBTInfo:
+    def _update(self, context: ContextWindow, target: Array, features: Tensor | None, rows: Array) -> KBTInfo:
         nothing = KBTInfo(labels=len(target), innovation=float("nan"))
         if self.failed_after is not None:
             return nothing

@@ -42,6 +42,8 @@ class HeadConfig:
         noise_statistic: ``innovation`` or ``variational``: how the noise is learned, see ``inference.noise``.
         robust_dof: Degrees of freedom of Student's t noise, 2 to 10 say, so that wild labels count for little; None for
             Gaussian noise. The noise covariance is then that of ordinary labels (rule ``measure`` only).
+        history: Updates to keep for ``BayesianHead.rollback``, 0 for none. One of a single row takes as much memory as
+            the weight means times one more than the outputs. An update then takes up to twice the time.
     """
 
     layers: int = 2
@@ -61,6 +63,7 @@ class HeadConfig:
     noise_floor: float = 1e-6
     noise_statistic: str = "innovation"
     robust_dof: float | None = None
+    history: int = 0
 
     def __post_init__(self) -> None:
         _check_choice("structure", self.structure, ("auto", *STRUCTURES))
@@ -73,6 +76,8 @@ class HeadConfig:
             raise ValueError(f"rho is {self.rho}; it must lie in [0, 1), and 0 is the paper's independent prior")
         if self.relu_order < 1:
             raise ValueError(f"relu_order is {self.relu_order}; the series needs at least 1 term")
+        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 0:
+            raise ValueError(f"history is {self.history!r}; a number of updates to keep, 0 for none")
         self._check_noise()
 
     def _check_noise(self) -> None:

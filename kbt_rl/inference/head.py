@@ -14,17 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from kbt_rl.inference import compiled, revision
 from kbt_rl.inference import update as functional
 from kbt_rl.inference.acting import ActingView, acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.history import History, Record, Undo
 from kbt_rl.inference.memory import Memory, prepare
 from kbt_rl.inference.moments import Gaussian, softmax_jacobian, softmax_moments
-from kbt_rl.inference.noise import NoiseModel
+from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.prior import prior_cov, prior_means
-from kbt_rl.inference.update import HeadState, Increment, UpdateInfo
+from kbt_rl.inference.update import HeadState, Increment, UpdateInfo, interrupts_deferred
 
 Array = npt.NDArray[Any]
 # A version of the posterior, what acting needs of it, and the machine code that acts by it.
@@ -77,6 +79,7 @@ class BayesianHead(nn.Module):
         self.spec, self._rho = self.config.resolve(in_features, out_features)
         self.rule = RULES[self.config.rule]
         self._bound: Memory | None = None
+        self._history = History(self.config.history) if self.config.history else None
         self._published: Published | None = None
         self.register_buffer("mean", torch.zeros(sum(self.spec.sizes), dtype=torch.float64))
         prior = self._prior_cov()
@@ -274,9 +277,12 @@ class BayesianHead(nn.Module):
 
     def apply_increment(self, step: Increment) -> None:
         """Add an increment to the posterior, in place, and take over what it makes of the noise."""
-        functional.apply(self.state, step)
-        self._memory().keep(step.noise)
-        self._memory().labels_seen += step.info.labels // self.out_features
+        memory, rows = self._memory(), step.info.labels // self.out_features
+        before = self._before()
+        functional.apply(memory.state, step)
+        memory.keep(step.noise)
+        memory.labels_seen += rows
+        self._remember([step], before, rows)
 
     def update(self, features: Tensor | Array, target: Tensor | Array) -> UpdateInfo:
         """Condition the posterior on labelled rows; either completes or changes nothing.
@@ -295,7 +301,7 @@ class BayesianHead(nn.Module):
         if done is not None:
             return done
         all_rows, all_labels = self._checked(features, target)
-        count = len(all_rows)
+        count, before = len(all_rows), self._before()
         engine = memory.state.engine if count == 1 else None
         if engine is not None and engine.propagates:
             belief = None if memory.noise_model is None else memory.belief()
@@ -304,15 +310,16 @@ class BayesianHead(nn.Module):
             if belief is not None:
                 memory.keep(row.noise)
             memory.labels_seen += 1
+            self._remember([row.as_increment()], before, 1)
             return row.info
         state = memory.state if count <= functional.MAX_JOINT_ROWS else memory.state.clone()
-        records: list[UpdateInfo] = []
+        steps: list[Increment] = []
         noise_cov, belief = memory.noise_cov, memory.belief()
         blocks = (torch.as_tensor(values).split(functional.MAX_JOINT_ROWS) for values in (all_rows, all_labels))
         for rows, labels in zip(*blocks, strict=True):
             step = functional.increment(state, rows, labels, self.rule, noise_cov, belief)
             functional.apply(state, step)
-            records.append(step.info)
+            steps.append(step)
             if belief is not None and step.noise is not None:  # the next block knows what this one has learned
                 belief = belief._replace(estimate=step.noise)
                 noise_cov = torch.from_numpy(step.noise.cov).to(noise_cov)
@@ -320,7 +327,70 @@ class BayesianHead(nn.Module):
             functional.overwrite(memory.state, state)
         memory.keep(None if belief is None else belief.estimate)
         memory.labels_seen += count
-        return functional.merge(records) if len(records) > 1 else records[0]
+        self._remember(steps, before, count)
+        return functional.merge([step.info for step in steps]) if len(steps) > 1 else steps[0].info
+
+    def rollback(self, n: int = 1) -> int:
+        """Take back the last ``n`` updates: all of them, or, with an error, none.
+
+        An update is a call of ``update`` or ``apply_increment``, whatever its rows. The posterior, a learned noise and
+        ``labels_seen`` become what they were before, the first to rounding. What a head remembers is its own:
+        ``HeadConfig(history=...)`` says how much, and it starts from nothing in a copy, after ``load_state_dict``, and
+        after anything else that changes the posterior or the noise, such as ``reopen`` and ``set_noise``.
+
+        Args:
+            n: Updates to undo, 1 to ``undoable``.
+
+        Returns:
+            The labelled rows that these updates had used.
+
+        Raises:
+            TypeError: ``n`` is no whole number.
+            ValueError: Fewer updates are kept.
+            UpdateError: What is left would not be a proper posterior.
+        """
+        undo = self.plan_rollback(n)
+        self.apply_rollback(undo)
+        return undo.rows
+
+    @property
+    def undoable(self) -> int:
+        """How many updates ``rollback`` could take back now."""
+        return 0 if self._history is None else self._history.current(self._memory())
+
+    def plan_rollback(self, n: int = 1) -> Undo:
+        """What ``rollback`` would leave, for ``apply_rollback``; everything that can fail, and changes nothing."""
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"rollback takes a number of updates; got {n!r}")
+        if self._history is None:
+            raise ValueError(f"rollback({n}) on a head that keeps no updates; make it with HeadConfig(history=...)")
+        return self._history.plan(self._memory(), n)
+
+    def apply_rollback(self, undo: Undo) -> None:
+        """Take over what ``plan_rollback`` has found; nothing must have changed the posterior in between."""
+        memory = self._memory()
+        assert self._history is not None
+        with interrupts_deferred():
+            functional.overwrite(memory.state, undo.state)
+            memory.keep(undo.noise)
+            memory.labels_seen -= undo.rows
+            # Views go by the version of the mean. Once more after the covariance, for those in another thread.
+            increment_version(memory.state.mean)
+            self._history.drop(memory, undo.updates)
+
+    def _before(self) -> NoiseEstimate | None:
+        """What the history has to know in front of an update; nothing without a history."""
+        if self._history is None:
+            return None
+        memory = self._memory()
+        self._history.current(memory)
+        belief = memory.belief()
+        return None if belief is None else belief.estimate
+
+    def _remember(self, steps: list[Increment], before: NoiseEstimate | None, rows: int) -> None:
+        """Keep an update for ``rollback``."""
+        if self._history is not None:
+            self._history.add(self._memory(), Record(steps, before, rows))
 
     def reopen(self, fraction: float = 1.0) -> None:
         """Keep the means and move the covariance towards the prior's, by default all the way; see ``revision``."""
@@ -384,12 +454,16 @@ class BayesianHead(nn.Module):
         """The buffers as ``_checked`` and ``update`` use them; made anew when one of them was replaced."""
         memory, buffers = self._bound, tuple(self._buffers.values())
         if memory is None or not all(map(is_, memory.buffers, buffers)):
-            memory = self._bound = Memory(self.spec, self._cov_names, self._buffers, self.rule, self.noise_model)
+            recorded = self._history is not None
+            memory = self._bound = Memory(
+                self.spec, self._cov_names, self._buffers, self.rule, self.noise_model, recorded
+            )
         return memory
 
     def __getstate__(self) -> dict[str, Any]:
         # What is derived from the buffers is derived again from their copies.
-        return {**self.__dict__, "_bound": None, "_published": None}
+        history = History(self.config.history) if self.config.history else None
+        return {**self.__dict__, "_bound": None, "_published": None, "_history": history}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianHead:
         """Follow a change of device, but never of dtype: the posterior stays in float64."""

@@ -26,7 +26,16 @@ Array = npt.NDArray[Any]
 
 
 class Memory:
-    """The buffers of a head on their device: the posterior, and the units as arrays (CPU) or tensors."""
+    """The buffers of a head on their device: the posterior, and the units as arrays (CPU) or tensors.
+
+    Args:
+        spec: What of the head never changes.
+        cov_names: Names of the covariance's buffers, in order.
+        buffers: All buffers of the head.
+        rule: How the target conditions the output.
+        noise_model: How the noise is judged; None where it is known and Gaussian.
+        recorded: Whether the increments of updates are wanted, so that no update goes without making one.
+    """
 
     def __init__(
         self,
@@ -35,6 +44,7 @@ class Memory:
         buffers: Mapping[str, Tensor | None],
         rule: OutputRule,
         noise_model: NoiseModel | None = None,
+        recorded: bool = False,
     ) -> None:
         held = {name: buffer for name, buffer in buffers.items() if buffer is not None}
         self.buffers = tuple(held.values())
@@ -50,7 +60,8 @@ class Memory:
         self.labels_seen: Any
         self.centre, self.scale, self.outputs, self.labels_seen = local
         self.noise_model = noise_model
-        plain = noise_model is None and spec.outputs == 1 and rule.condition in (measure, replace)
+        # The one call that learns a row keeps no increment that a history could take back.
+        plain = not recorded and noise_model is None and spec.outputs == 1 and rule.condition in (measure, replace)
         engine = self.state.engine if plain else None
         self._row_engine = None if engine is None or not engine.propagates else engine
         self._replacing = rule.condition is replace

@@ -369,7 +369,7 @@ def apply(state: HeadState, step: Increment) -> None:
         moves = np.ascontiguousarray(step.cov_factor.mT.numpy())
         state.engine.commit(step.mean_step.numpy(), moves, step.signs.numpy())
         return
-    with _interrupts_deferred():
+    with interrupts_deferred():
         state.mean.add_(step.mean_step)
         if state.spec.structure == "joint":
             joint.downdate_(state.cov, state.spec.shapes, step.cov_factor, step.signs)
@@ -382,13 +382,13 @@ def apply(state: HeadState, step: Increment) -> None:
 
 def overwrite(state: HeadState, new: HeadState) -> None:
     """Replace the posterior in place; an interrupt that arrives meanwhile is delivered afterwards."""
-    with _interrupts_deferred():
+    with interrupts_deferred():
         for mine, other in zip((state.mean, *state.cov), (new.mean, *new.cov), strict=True):
             mine.copy_(other)
 
 
 @contextmanager
-def _interrupts_deferred() -> Iterator[None]:
+def interrupts_deferred() -> Iterator[None]:
     """Hold back SIGINT, which Python raises in the main thread only, until the block is done."""
     foreign = signal.getsignal(signal.SIGINT) is None  # a handler that C code installed cannot be put back
     if foreign or threading.current_thread() is not threading.main_thread():
