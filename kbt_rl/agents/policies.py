@@ -266,12 +266,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
             raise ValueError(f"sampling is {sampling!r}; choose 'epistemic' or 'predictive'")
         default = HeadConfig() if self.actions.link == "identity" else DISCRETE_HEAD
         self.head_config, self.sampling = (default if head is None else head), sampling
-        if self.head_config.link != self.actions.link:
-            kind, rule = ("continuous", "measure") if self.actions.link == "identity" else ("discrete", "laplace")
-            raise ValueError(
-                f"rule {self.head_config.rule!r} has a {self.head_config.link} link and the action space is {kind}; "
-                f"use {rule!r}"
-            )
+        self._check_link(self.head_config)
         self.head = BayesianHead(self.transformer_config.width, self.action_size, self.head_config)
         self.reset_head()
 
@@ -280,8 +275,29 @@ class DecisionTransformerPolicy(TransformerPolicy):
 
     def reset_head(self) -> None:
         """Start the posterior anew: the prior reproduces the transformer's last layer, on centred features."""
+        self._to_prior(self.head)
+
+    def prior_head(self, config: HeadConfig) -> BayesianHead:
+        """A head of another configuration that starts as this policy's does.
+
+        Raises:
+            ValueError: Its rule has another link than the actions.
+        """
+        self._check_link(config)
+        head = BayesianHead(self.transformer_config.width, self.action_size, config).to(self.head.mean.device)
+        self._to_prior(head)
+        return head
+
+    def _check_link(self, config: HeadConfig) -> None:
+        if config.link != self.actions.link:
+            kind, rule = ("continuous", "measure") if self.actions.link == "identity" else ("discrete", "laplace")
+            raise ValueError(
+                f"rule {config.rule!r} has a {config.link} link and the action space is {kind}; use {rule!r}"
+            )
+
+    def _to_prior(self, head: BayesianHead) -> None:
         linear, scale = self.transformer.linear, self.transformer.action_scale
-        self.head.reset(
+        head.reset(
             linear.weight * scale.unsqueeze(-1),
             linear.bias * scale,
             feature_mean=self.transformer.feature_mean,
