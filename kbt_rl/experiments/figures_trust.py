@@ -65,7 +65,7 @@ def _draw_reliability(panel: Axes, rows: Sequence[TrustRow]) -> None:
         found = _coverage(rows, structure, noise)
         if found is None:
             continue
-        label = "pre-trained, prior's variance" if structure == NO_LEARNING else None
+        label = "pre-trained" if structure == NO_LEARNING else None
         line = "--" if structure == NO_LEARNING else "-"
         panel.plot(_PERCENT, [each.mean for each in found], line, marker="o", markersize=3.5, color=color, label=label)
     panel.set(xlim=(45, 101), ylim=(-3, 103))
@@ -87,8 +87,9 @@ def _draw_differences(panel: Axes, rows: Sequence[TrustRow]) -> None:
         face = color if learned else "white"
         look: dict[str, Any] = {"markersize": 4, "linewidth": 1.2, "color": color, "markerfacecolor": face}
         drawn = np.where(shown, middle, np.nan)
-        panel.errorbar(places, drawn, spread, fmt="o", label=f"{structure}, noise {noise}", **look)
-        beyond = np.clip(middle[~shown], -_SHOWN, _SHOWN)
-        panel.plot(places[~shown], beyond, "v", clip_on=False, **{**look, "linewidth": 0})
+        panel.errorbar(places, drawn, spread, fmt="o", label=f"{structure}, {noise} noise", **look)
+        if not shown.all():
+            beyond = np.clip(middle[~shown], -_SHOWN, _SHOWN)
+            panel.plot(places[~shown], beyond, "v", clip_on=False, **{**look, "linewidth": 0})
     panel.set_ylim(-_SHOWN, _SHOWN)
     panel.set_xticks(range(len(LEVELS)), [f"{level:.0f}" for level in _PERCENT])
