@@ -173,8 +173,8 @@ def test_noise_that_was_set_holds_unless_a_candidate_states_its_own() -> None:
 
 def test_the_grid_varies_only_what_the_head_has() -> None:
     grid = prior_grid()
-    assert len(grid) == len(set(grid)) == 5 * 5 * 4
-    assert len(prior_grid(HeadConfig(structure="diagonal"))) == 25
+    assert len(grid) == len(set(grid)) == 7 * 5 * 5
+    assert len(prior_grid(HeadConfig(structure="diagonal"))) == 35
     assert len(prior_grid(HeadConfig(layers=1))) == 5
     assert {config.noise_variance for config in prior_grid(noise=(0.1, 0.2))} == {0.1, 0.2}
     assert {config.structure for config in prior_grid(HeadConfig(structure="neuron"))} == {"neuron"}

@@ -28,9 +28,9 @@ from kbt_rl.models.context import ContextWindow
 
 Batch = tuple[Tensor, npt.NDArray[np.float64]]
 
-HIDDEN_VARIANCES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+HIDDEN_VARIANCES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 LAST_VARIANCES = (0.01, 0.1, 1.0, 10.0, 100.0)
-RHOS = (0.0, 0.9, 0.99, 0.999)
+RHOS = (0.0, 0.9, 0.99, 0.999, 0.9999)
 
 
 class PriorScore(NamedTuple):

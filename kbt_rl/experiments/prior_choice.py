@@ -70,7 +70,7 @@ class StudyConfig:
     labels: int = 50
     plant_seeds: tuple[int, ...] = tuple(range(1000, 1006))
     stream_seeds: tuple[int, ...] = (1000, 1001)
-    checkpoints: tuple[int, ...] = (10, 20, 50)
+    checkpoints: tuple[int, ...] = (5, 10, 20, 50)
     starts: int = 20
     hidden: tuple[float, ...] = HIDDEN_VARIANCES
     last: tuple[float, ...] = LAST_VARIANCES
