@@ -34,6 +34,9 @@ class KBTInfo(LearnerInfo):
         predictive_variance: From the weights and the label noise.
         smallest_variance: Smallest variance of a weight after the update, in the head's own units.
         label_weight: What the labels counted for where wild ones are expected (``HeadConfig.robust_dof``).
+        log_density: Logarithm of the predictive density of the labels before the update, all entries of all rows
+            jointly, in nats, with labels in action units. With discrete actions the log probability of the labels. Its
+            mean over a stream, with the sign changed and over the labels, is the negative log predictive density.
     """
 
     nis: float = float("nan")
@@ -41,6 +44,7 @@ class KBTInfo(LearnerInfo):
     predictive_variance: float = float("nan")
     smallest_variance: float = float("nan")
     label_weight: float = 1.0
+    log_density: float = float("nan")
 
 
 class KBT(OnlineAlgorithm):
@@ -137,6 +141,7 @@ class KBT(OnlineAlgorithm):
             predictive_variance=info.predictive_variance * unit,
             smallest_variance=info.smallest_variance,
             label_weight=info.label_weight,
+            log_density=info.log_density - len(target) * heads[0].log_scale,
         )
 
     def set_fallback(self, fallback: Fallback | None) -> None:

@@ -291,12 +291,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
             raise ValueError(f"sampling is {sampling!r}; choose 'epistemic' or 'predictive'")
         default = HeadConfig() if self.actions.link == "identity" else DISCRETE_HEAD
         self.head_config, self.sampling = (default if head is None else head), sampling
-        if self.head_config.link != self.actions.link:
-            kind, rule = ("continuous", "measure") if self.actions.link == "identity" else ("discrete", "laplace")
-            raise ValueError(
-                f"rule {self.head_config.rule!r} has a {self.head_config.link} link and the action space is {kind}; "
-                f"use {rule!r}"
-            )
+        self._check_link(self.head_config)
         if isinstance(posteriors, bool) or not isinstance(posteriors, int) or posteriors < 1:
             raise ValueError(f"posteriors is {posteriors!r}; a whole number, at least 1")
         sizes = self.transformer_config.width, self.action_size
@@ -344,14 +339,35 @@ class DecisionTransformerPolicy(TransformerPolicy):
 
     def reset_head(self) -> None:
         """Start every posterior anew: the prior reproduces the transformer's last layer, on centred features."""
-        linear, scale = self.transformer.linear, self.transformer.action_scale
         for head in self.heads:
-            head.reset(
-                linear.weight * scale.unsqueeze(-1),
-                linear.bias * scale,
-                feature_mean=self.transformer.feature_mean,
-                target_scale=scale,
+            self._to_prior(head)
+
+    def prior_head(self, config: HeadConfig) -> BayesianHead:
+        """A head of another configuration that starts as this policy's does.
+
+        Raises:
+            ValueError: Its rule has another link than the actions.
+        """
+        self._check_link(config)
+        head = BayesianHead(self.transformer_config.width, self.action_size, config).to(self.heads[0].mean.device)
+        self._to_prior(head)
+        return head
+
+    def _check_link(self, config: HeadConfig) -> None:
+        if config.link != self.actions.link:
+            kind, rule = ("continuous", "measure") if self.actions.link == "identity" else ("discrete", "laplace")
+            raise ValueError(
+                f"rule {config.rule!r} has a {config.link} link and the action space is {kind}; use {rule!r}"
             )
+
+    def _to_prior(self, head: BayesianHead) -> None:
+        linear, scale = self.transformer.linear, self.transformer.action_scale
+        head.reset(
+            linear.weight * scale.unsqueeze(-1),
+            linear.bias * scale,
+            feature_mean=self.transformer.feature_mean,
+            target_scale=scale,
+        )
 
     def act(self, features: Tensor) -> Array:
         """Posterior mean of the action, ``(n, action size)``, unclipped float64; probabilities of discrete ones."""

@@ -6,6 +6,7 @@ that the curves of different learners lie over each other in TensorBoard.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from kbt_rl.agents.sample import LearnerInfo, Sample
 from kbt_rl.callbacks.adaptation import AdaptationStrategy
 from kbt_rl.callbacks.queries import Always, QueryRule
 from kbt_rl.callbacks.streams import SampleStream, StreamBatch, as_stream
+from kbt_rl.inference.monitor import upper_quantile
 
 
 class OnlineAdapter(BaseCallback):
@@ -155,7 +157,12 @@ class KalmanAdapter(OnlineAdapter):
 
     Logs besides: ``kalman/predictive_variance`` and ``kalman/epistemic_variance`` (action units squared, mean over the
     updates since the last write), ``kalman/nis`` (normalised innovation squared per scalar label: 1 on average if the
-    variances are right) and ``kalman/smallest_variance``; with a strategy also ``kalman/alarms`` (changes noticed).
+    variances are right), ``kalman/nlpd`` (negative log predictive density of a label before it is learned, nats with
+    labels in action units, mean over the updates since the last write; of discrete actions the negative log
+    probability) and ``kalman/smallest_variance``; with a strategy also ``kalman/alarms`` (changes noticed). With
+    continuous actions also ``kalman/coverage_95``: the share of the updates since the last write whose labels were
+    inside the 95 % region that was predicted for them, 0.95 on average if the predictions are calibrated (with
+    ``HeadConfig.robust_dof`` the region of ordinary labels).
     Where the noise is learned or wild labels are expected, also ``kalman/noise_variance`` (action units squared, mean
     over the actions) and ``kalman/label_weight``.
 
@@ -197,9 +204,20 @@ class KalmanAdapter(OnlineAdapter):
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
         self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.actions.degrees_of_freedom))
         self.logger.record("kalman/smallest_variance", info.smallest_variance)
+        self._record_trust(info)
         if self.model.policy.heads[0].noise_model is not None:
             self.logger.record_mean("kalman/noise_variance", info.predictive_variance - info.epistemic_variance)
             self.logger.record_mean("kalman/label_weight", info.label_weight)
         if self.strategy is not None:
             self.strategy.after_update(self.model, info)
             self.logger.record("kalman/alarms", self.strategy.alarms)
+
+    def _record_trust(self, info: KBTInfo) -> None:
+        """Log how probable the labels were before they were learned, and whether they were where they should be."""
+        if math.isnan(info.log_density):  # a learner that does not tell
+            return
+        self.logger.record_mean("kalman/nlpd", -info.log_density / info.labels)
+        actions = self.model.policy.actions
+        if actions.link == "identity":  # the NIS of a one-hot label is not chi-square
+            inside = info.nis <= upper_quantile(0.05, info.labels * actions.degrees_of_freedom)
+            self.logger.record_mean("kalman/coverage_95", float(inside))

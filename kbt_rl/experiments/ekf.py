@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kbt_rl.inference.acting import ActingView
+from kbt_rl.inference.density import scalar_log_density
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.update import UpdateInfo
 
@@ -44,7 +45,9 @@ class EKFHead(BayesianHead):
         self.mean += torch.from_numpy(projected * (innovation / predictive))
         self._full -= np.outer(projected, projected / predictive)
         smallest = float(self._full.diagonal().min())
-        return UpdateInfo(abs(innovation), innovation**2 / predictive, epistemic, predictive, smallest, 1)
+        nis = innovation**2 / predictive
+        density = scalar_log_density(nis, predictive)
+        return UpdateInfo(abs(innovation), nis, epistemic, predictive, smallest, 1, log_density=density)
 
     def _linearised(self, row: Array) -> tuple[Array, float]:
         """Gradient of the output with respect to all weights, ``(P,)``, and the output, both at the mean weights."""

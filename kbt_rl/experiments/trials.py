@@ -133,7 +133,7 @@ def _correlated(trial: Trial, pretrained: KBT) -> Record:
         states = stream.states(trial.samples)
         labels = stream.label(states)
         return _learn_and_evaluate(trial, learner, lambda i: (states[i : i + 1], labels[i : i + 1]))
-    walk = _VisitedStates(learner, trial.stream_seed)
+    walk = VisitedStates(learner, trial.stream_seed)
 
     def sample(index: int) -> tuple[npt.NDArray[Any], FloatArray]:
         state = walk.next_state()
@@ -142,7 +142,7 @@ def _correlated(trial: Trial, pretrained: KBT) -> Record:
     return {**_learn_and_evaluate(trial, learner, sample), "falls": walk.falls}
 
 
-class _VisitedStates:
+class VisitedStates:
     """Every 5th state of the learner's own path on the shifted plant; a new episode after a fall or 10 s."""
 
     every = 5

@@ -6,6 +6,7 @@ functions of this package. It keeps float64 whatever dtype the rest of the model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple
@@ -200,6 +201,11 @@ class BayesianHead(nn.Module):
         """Average over the outputs of the squared ``target_scale``: what averaged variances are multiplied by."""
         outputs = self._memory().outputs
         return float(outputs @ outputs) / self.out_features
+
+    @property
+    def log_scale(self) -> float:
+        """Sum over the outputs of ``log(target_scale)``: what it takes a log density into units of the target."""
+        return sum(map(math.log, self._memory().outputs.tolist()))
 
     @property
     def state(self) -> HeadState:

@@ -109,7 +109,7 @@ class WindowedChiSquare(Monitor):
     def _exceeded(self, nis: float, labels: int) -> bool:
         self._recent.append((nis, labels))
         total = sum(value for value, _ in self._recent)
-        return total > _upper_quantile(self.false_alarm_rate, sum(count for _, count in self._recent))
+        return total > upper_quantile(self.false_alarm_rate, sum(count for _, count in self._recent))
 
 
 class Cusum(Monitor):
@@ -154,7 +154,8 @@ class Cusum(Monitor):
 
 
 @lru_cache(maxsize=256)
-def _upper_quantile(rate: float, degrees: int) -> float:
+def upper_quantile(rate: float, degrees: int) -> float:
+    """What a chi-square variable with ``degrees`` degrees of freedom exceeds with probability ``rate``."""
     return float(chi2.isf(rate, degrees))
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kbt_rl.inference.density import log_density, scalar_log_density
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.robust import Site, StudentNoise
 
@@ -58,6 +59,7 @@ class Judgement(NamedTuple):
         cov_factor: ``F`` with ``dC = -F F'``, ``(B o, B o)``.
         weight: Average label weight: about 1 for ordinary labels, near 0 for wild ones.
         nis: Normalised innovation squared under the noise as it was before these labels.
+        log_density: Logarithm of the predictive density of these labels under that noise.
         estimate: What the noise is thought to be after these labels.
     """
 
@@ -65,6 +67,7 @@ class Judgement(NamedTuple):
     cov_factor: Array
     weight: float
     nis: float
+    log_density: float
     estimate: NoiseEstimate
 
 
@@ -186,7 +189,28 @@ class NoiseModel:
             learned, labels = learn(white, epistemic, share, estimate.labels)
             after = NoiseEstimate(self._above_floor(root @ learned @ root.T), labels)
             used = estimate.cov if self.statistic == "innovation" else after.cov
-        return Judgement(*self._condition(error, cov, used, own), nis, after)
+        density = self.log_density(error, cov, estimate.cov)
+        return Judgement(*self._condition(error, cov, used, own), nis, density, after)
+
+    def log_density(self, error: Array, cov: Array, noise: Array) -> float:
+        """Logarithm of the predictive density of labels: Gaussian with ``S + R``, or Student's t noise on top of ``S``.
+
+        ``R`` is taken for known: where it is learned, that it is uncertain is left out.
+
+        Args:
+            error: Labels minus predicted means, ``(B, o)``.
+            cov: Epistemic covariance of all rows jointly, ``(B o, B o)``.
+            noise: Noise covariance before the labels, ``(o, o)``.
+        """
+        if self.student is not None:
+            return self.student.log_density(error, cov, noise)
+        return log_density(error.ravel(), cov + np.kron(np.eye(len(error)), noise))
+
+    def log_density_scalar(self, error: float, variance: float, noise: float) -> float:
+        """``log_density`` for one row and one output, in plain floats."""
+        if self.student is not None:
+            return self.student.scalar_log_density(error, variance, noise)
+        return scalar_log_density(error * error / (variance + noise), variance + noise)
 
     def _condition(self, error: Array, cov: Array, noise: Array, own: list[Array]) -> tuple[Array, Array, float]:
         """``dm``, ``F`` and the average weight of labels whose ordinary noise is ``noise``.

@@ -7,6 +7,11 @@ by a symmetric product.
 
 Rules for the identity link are ``measure`` (Bayes' rule with Gaussian noise) and ``replace`` (Algorithm 2, lines 23 and
 24, as printed). For the softmax link they are ``fisher``, ``laplace``, ``taylor`` and ``replace_softmax`` (as printed).
+
+Beside the step every rule tells how probable the target was before it was seen. With the identity link that is the
+Gaussian density of all target entries jointly, mean ``m`` and covariance ``S + R``. With the softmax link it is the
+probability of the labels at the mean logits, ``sum y log softmax(m)``, which is what the head predicts to first order:
+rows count as independent, and the spread of the logits is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kbt_rl.inference.density import LOG_TWO_PI
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.moments import Gaussian, softmax_jacobian
 
@@ -27,7 +33,8 @@ class Conditioning(NamedTuple):
     """``dm`` of shape ``(r,)``, ``dC = F diag(signs) F'`` with ``F`` of shape ``(r, q)``, and the squared innovation.
 
     ``nis`` is the normalised innovation squared ``e' P^-1 e`` with the predictive covariance ``P`` of the target:
-    chi-square with as many degrees of freedom as free target entries if the prediction is calibrated.
+    chi-square with as many degrees of freedom as free target entries if the prediction is calibrated. ``log_density``
+    is the logarithm of the predictive density or probability of the target, see the module.
     """
 
     mean_step: Tensor
@@ -35,6 +42,7 @@ class Conditioning(NamedTuple):
     signs: Tensor
     innovation: Tensor
     nis: Tensor
+    log_density: Tensor
 
 
 class OutputRule(NamedTuple):
@@ -49,7 +57,9 @@ def measure(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Condition
     innovation = target.flatten() - predicted.mean
     root = _inverse_root(predicted.cov + _per_row(noise_cov, len(target)), "predicted covariance plus noise")
     white = root @ innovation
-    return Conditioning(root.mT @ white, root.mT, _minus_ones(innovation), innovation, white @ white)
+    nis = white @ white
+    log_density = _gaussian_log_density(root, nis)
+    return Conditioning(root.mT @ white, root.mT, _minus_ones(innovation), innovation, nis, log_density)
 
 
 def replace(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
@@ -62,8 +72,10 @@ def replace(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Condition
     root = _inverse_root(predicted.cov, "predicted covariance, which the rule 'replace' inverts without noise")
     inverse = root.mT @ root
     factor, signs = _signed_root(inverse @ data_cov @ inverse - inverse)
-    white = _inverse_root(predicted.cov + data_cov, "predicted covariance plus noise") @ innovation
-    return Conditioning(inverse @ innovation, factor, signs, innovation, white @ white)
+    predictive = _inverse_root(predicted.cov + data_cov, "predicted covariance plus noise")
+    white = predictive @ innovation
+    nis = white @ white
+    return Conditioning(inverse @ innovation, factor, signs, innovation, nis, _gaussian_log_density(predictive, nis))
 
 
 def fisher(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
@@ -76,8 +88,9 @@ def fisher(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioni
     innovation = target.flatten() - probabilities.flatten()
     factor = _information_factor(probabilities, predicted.cov)
     mean_step = _damped(factor, predicted.cov, innovation)
+    nis = _softmax_nis(predicted, jacobian, innovation)
     return Conditioning(
-        mean_step, factor, _minus_ones(innovation), innovation, _softmax_nis(predicted, jacobian, innovation)
+        mean_step, factor, _minus_ones(innovation), innovation, nis, _log_probability(predicted, target)
     )
 
 
@@ -106,7 +119,8 @@ def laplace(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Condition
         factor = _information_factor(probabilities, predicted.cov)
         residual = target.flatten() - probabilities.flatten() - step
         if float(residual.abs().max()) < 1e-9:
-            return Conditioning(step, factor, _minus_ones(innovation), innovation, nis)
+            log_density = _log_probability(predicted, target)
+            return Conditioning(step, factor, _minus_ones(innovation), innovation, nis, log_density)
         direction = _damped(factor, predicted.cov, residual)
         for halving in range(60):
             trial = step + direction * 0.5**halving
@@ -160,6 +174,7 @@ def taylor(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioni
         _minus_ones(innovation),
         innovation,
         _softmax_nis(predicted, jacobian, innovation),
+        _log_probability(predicted, target),
     )
 
 
@@ -179,7 +194,8 @@ def replace_softmax(predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> C
     gain = full_jacobian.mT @ inverse
     change = gain @ (_per_row(noise_cov, len(target)) - predicted_cov) @ gain.mT
     factor, signs = _signed_root(change)
-    return Conditioning(gain @ innovation, factor, signs, innovation, _softmax_nis(predicted, jacobian, innovation))
+    nis = _softmax_nis(predicted, jacobian, innovation)
+    return Conditioning(gain @ innovation, factor, signs, innovation, nis, _log_probability(predicted, target))
 
 
 RULES: dict[str, OutputRule] = {
@@ -227,6 +243,17 @@ def _signed_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """``F, signs`` with ``F diag(signs) F'`` equal to the symmetric, possibly indefinite matrix."""
     values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
     return vectors * values.abs().sqrt(), values.sign()
+
+
+def _gaussian_log_density(inverse_root: Tensor, nis: Tensor) -> Tensor:
+    """Of a vector with the squared innovation ``nis`` and the covariance ``P``, given ``L^-1`` for ``P = L L'``."""
+    # log det P = -2 sum log diag(L^-1).
+    return inverse_root.diagonal().log().sum() - 0.5 * (nis + len(inverse_root) * LOG_TWO_PI)
+
+
+def _log_probability(predicted: Gaussian, target: Tensor) -> Tensor:
+    """``sum_b y_b' log softmax(m_b)``: of one-hot rows the log probability of the labels at the mean logits."""
+    return (target * torch.log_softmax(predicted.mean.view_as(target), dim=-1)).sum()
 
 
 def _softmax_rows(predicted: Gaussian, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,11 @@ With ``a = (S + R / tau)^-1`` the exact posterior mean and covariance of the out
 (the first two derivatives of the log evidence by the mean). ``dC`` is not negative semi-definite where it is undecided
 whether a label is wild: the exact posterior is then wider than the prior. Such directions count as no information here,
 so that a label never takes away what others have given; the mean moves exactly as it should.
+
+The predictive density of a label is the same sum over the nodes of ``N(e; 0, S + R / tau)``, without approximation. Of
+several rows in one update each has a precision factor of its own, and their joint density would be a sum over all
+combinations of nodes. It is taken row after row instead: each row given the Gaussian factors that stand for those
+before it. That is a normalised density, the exact one where the rows are uncorrelated or the tails Gaussian.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from kbt_rl.inference.density import LOG_TWO_PI
 
 Array = npt.NDArray[np.float64]
 
@@ -72,12 +79,7 @@ class StudentNoise:
             cov: Epistemic covariance ``S`` of the prediction, ``(o, o)``.
             noise_cov: Ordinary noise ``R``, positive definite, ``(o, o)``.
         """
-        # In coordinates in which R = 1 and S is diagonal.
-        root = np.linalg.cholesky(noise_cov)
-        whitener = np.linalg.inv(root)
-        variances, axes = np.linalg.eigh(whitener @ cov @ whitener.T)
-        variances = np.maximum(variances, 0.0)  # a positive semi-definite matrix up to rounding
-        to_label = whitener.T @ axes
+        to_label, variances = _diagonalised(cov, noise_cov)
         along = to_label.T @ error
         log_prior, spreads = self._nodes
         total = variances + spreads[:, None]
@@ -95,6 +97,46 @@ class StudentNoise:
         shift = gain * along + precision @ (variances * gain * along)
         # The precision of an ordinary label is 1 in these coordinates.
         return Site(to_label @ white_root, to_label @ shift, float(np.trace(precision)) / self.outputs)
+
+    def scalar_log_density(self, error: float, variance: float, noise: float) -> float:
+        """Logarithm of the predictive density of one label with one entry."""
+        total = variance + noise * self._nodes[1]
+        return self._log_mean(-0.5 * (np.log(total) + error * error / total)) - 0.5 * LOG_TWO_PI
+
+    def log_density(self, error: Array, cov: Array, noise_cov: Array) -> float:
+        """Logarithm of the predictive density of labels: of one as it is, of several one after another, see the module.
+
+        Args:
+            error: Labels minus predictions, ``(B, o)``.
+            cov: Epistemic covariance of all rows jointly, ``(B o, B o)``.
+            noise_cov: Ordinary noise ``R``, positive definite, ``(o, o)``.
+        """
+        o, left, total = self.outputs, error.ravel(), 0.0
+        for _ in range(len(error) - 1):
+            own, across = cov[:o, :o], cov[o:, :o]
+            total += self._row_log_density(left[:o], own, noise_cov)
+            site = self.site(left[:o], own, noise_cov)
+            # dC = -F F' and dm of this row, as in ``NoiseModel``, move the rows that are left.
+            inner = np.linalg.cholesky(np.eye(o) + site.root.T @ own @ site.root)
+            factor = np.linalg.solve(inner, site.root.T).T
+            step = site.shift - factor @ (factor.T @ (own @ site.shift))
+            moves = across @ factor
+            left, cov = left[o:] - across @ step, cov[o:, o:] - moves @ moves.T
+        return total + self._row_log_density(left, cov, noise_cov)
+
+    def _row_log_density(self, error: Array, cov: Array, noise_cov: Array) -> float:
+        to_label, variances = _diagonalised(cov, noise_cov)
+        along = to_label.T @ error
+        total = variances + self._nodes[1][:, None]
+        # The change of coordinates has the determinant of R^-1/2.
+        _, log_det = np.linalg.slogdet(noise_cov)
+        densities = self._log_mean(-0.5 * (np.log(total) + along * along / total).sum(-1))
+        return densities - 0.5 * (float(log_det) + self.outputs * LOG_TWO_PI)
+
+    def _log_mean(self, log_values: Array) -> float:
+        """Logarithm of the mean over ``tau`` of values at the nodes."""
+        log_prior = self._nodes[0]
+        return float(np.logaddexp.reduce(log_prior + log_values) - np.logaddexp.reduce(log_prior))
 
     @staticmethod
     def _posterior(log_weights: Array) -> Array:
@@ -128,3 +170,11 @@ class StudentNoise:
 
         inverse, _ = quad(lambda t: math.exp(-self.dof * t) * (1.0 + 2.0 * t) ** (-0.5 * self.outputs), 0.0, math.inf)
         return (self.dof + self.outputs) * (1.0 - self.dof * float(inverse)) / self.outputs
+
+
+def _diagonalised(cov: Array, noise_cov: Array) -> tuple[Array, Array]:
+    """``T`` and ``s`` with ``T' R T = 1`` and ``T' S T = diag(s)``: in the coordinates ``T' e`` the noise is 1."""
+    whitener = np.linalg.inv(np.linalg.cholesky(noise_cov))
+    variances, axes = np.linalg.eigh(whitener @ cov @ whitener.T)
+    # A positive semi-definite matrix up to rounding.
+    return whitener.T @ axes, np.maximum(variances, 0.0)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kbt_rl.inference import compiled, joint, smoother
 from kbt_rl.inference.compiled import RowEngine, Units
+from kbt_rl.inference.density import scalar_log_density
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import Judgement, NoiseEstimate, NoiseModel
@@ -133,6 +134,9 @@ class UpdateInfo(NamedTuple):
         smallest_variance: Smallest variance of a weight after the update.
         labels: Number of scalar targets used; 0 when every label was missing.
         label_weight: What the labels counted for where wild ones are expected: about 1 if ordinary, near 0 if wild.
+        log_density: Logarithm of the predictive density of the targets before the update, all entries jointly, in
+            nats: Gaussian, or with Student's t noise where wild labels are expected. With the softmax link the log
+            probability of the labels at the mean logits. NaN where it was not computed.
     """
 
     innovation: float
@@ -142,6 +146,7 @@ class UpdateInfo(NamedTuple):
     smallest_variance: float
     labels: int
     label_weight: float = 1.0
+    log_density: float = math.nan
 
 
 class Increment(NamedTuple):
@@ -233,8 +238,8 @@ def _conditioning(output: Gaussian, target: Tensor, judged: Judgement) -> Condit
     """A judgement in the form in which the output rules answer."""
     mean_step, factor = (torch.from_numpy(array).to(target) for array in (judged.mean_step, judged.cov_factor))
     innovation = target.flatten() - output.mean
-    nis = torch.tensor(judged.nis, dtype=target.dtype)
-    return Conditioning(mean_step, factor, -torch.ones_like(innovation), innovation, nis)
+    nis, log_density = (torch.tensor(value, dtype=target.dtype) for value in (judged.nis, judged.log_density))
+    return Conditioning(mean_step, factor, -torch.ones_like(innovation), innovation, nis, log_density)
 
 
 class RowStep(NamedTuple):
@@ -288,6 +293,7 @@ def _judged_scalar_step(engine: RowEngine, row: RowPass, target: float, belief: 
     predictive = variance + noise
     info = UpdateInfo(abs(error), error * error / predictive, variance, predictive, smallest, 1, weight)
     _check(total + learned, info)
+    info = info._replace(log_density=belief.model.log_density_scalar(error, variance, noise))
     return RowStep(moved, moves, _DOWNDATE, info, NoiseEstimate(np.array([[learned]]), labels))
 
 
@@ -311,7 +317,9 @@ def learn_row(
     if not done:
         return None
     innovation, predictive = label - mean, variance + noise
-    return UpdateInfo(abs(innovation), innovation * innovation / predictive, variance, predictive, smallest, 1)
+    nis = innovation * innovation / predictive
+    density = scalar_log_density(nis, predictive)
+    return UpdateInfo(abs(innovation), nis, variance, predictive, smallest, 1, 1.0, density)
 
 
 def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, judged: Judgement | None) -> UpdateInfo:
@@ -326,11 +334,12 @@ def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, judged: J
         smallest_variance=math.nan,
         labels=labels,
         label_weight=1.0 if judged is None else judged.weight,
+        log_density=float(step.log_density),
     )
 
 
 def merge(records: Sequence[UpdateInfo]) -> UpdateInfo:
-    """One record of successive blocks: sums of NIS and labels, averages over the labels of what is an average."""
+    """One record of successive blocks: sums of NIS, log density and labels; averages of what is an average."""
     labels = sum(record.labels for record in records)
 
     def average(values: Iterable[float]) -> float:
@@ -344,6 +353,7 @@ def merge(records: Sequence[UpdateInfo]) -> UpdateInfo:
         smallest_variance=records[-1].smallest_variance,
         labels=labels,
         label_weight=average(record.label_weight for record in records),
+        log_density=sum(record.log_density for record in records),
     )
 
 
