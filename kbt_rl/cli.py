@@ -19,7 +19,9 @@ from kbt_rl.commands.change import Change
 from kbt_rl.commands.discrete import Discrete
 from kbt_rl.commands.no_oracle import NoOracle
 from kbt_rl.commands.noise import Noise
+from kbt_rl.commands.prior import Prior
 from kbt_rl.commands.rescue import Rescue
+from kbt_rl.commands.trust import Trust
 
 if TYPE_CHECKING:
     from stable_baselines3.common.monitor import Monitor
@@ -261,6 +263,8 @@ Command = (
     | Annotated[Noise, subcommand("noise")]
     | Annotated[NoOracle, subcommand("no-oracle")]
     | Annotated[Discrete, subcommand("discrete")]
+    | Annotated[Trust, subcommand("trust")]
+    | Annotated[Prior, subcommand("prior")]
 )
 
 
