@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # Small networks: one BLAS thread a process is fastest, and the trials run in parallel processes.
 export OMP_NUM_THREADS := 1
 
-.PHONY: reproduce quick test lint format types check clean
+.PHONY: reproduce quick bench test lint format types check clean
 .DEFAULT_GOAL := reproduce
 
 $(STAMP): pyproject.toml
@@ -19,6 +19,10 @@ reproduce: $(STAMP)  ## The paper's experiment: table, figures, TensorBoard runs
 
 quick: $(STAMP)  ## The same in a small version
 	$(BIN)/kbt-rl reproduce --quick
+
+bench: $(STAMP)  ## Speed, growth and accuracy beside public peers in results/bench
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[dev,bench]"
+	$(BIN)/python -m benchmarks
 
 test: $(STAMP)  ## All tests, on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
