@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kbt_rl.agents.kbt import KBT
     from kbt_rl.agents.lqr import LQRExpert
     from kbt_rl.agents.policies import DecisionTransformerPolicy
+    from kbt_rl.agents.prior_choice import choose_prior
     from kbt_rl.agents.sample import Sample
     from kbt_rl.agents.warm_start import WarmStart
     from kbt_rl.callbacks import KalmanAdapter, OnlineAdapter
@@ -41,6 +42,7 @@ __all__ = [
     "OnlineAdapter",
     "Sample",
     "WarmStart",
+    "choose_prior",
 ]
 
 _MODULE_OF = {
@@ -56,6 +58,7 @@ _MODULE_OF = {
     "OnlineAdapter": "kbt_rl.callbacks",
     "Sample": "kbt_rl.agents.sample",
     "WarmStart": "kbt_rl.agents.warm_start",
+    "choose_prior": "kbt_rl.agents.prior_choice",
 }
 
 
