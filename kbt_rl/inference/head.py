@@ -6,7 +6,9 @@ functions of this package. It keeps float64 whatever dtype the rest of the model
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -45,6 +47,9 @@ class Prediction(NamedTuple):
 class BayesianHead(nn.Module):
     """Gaussian posterior over the weights of a small ReLU network that starts as a pre-trained linear layer.
 
+    One thread may learn while others predict: a prediction is that of one posterior, never of half an update. Two
+    threads must not learn at the same time, and ``state`` and ``state_dict`` are the live memory.
+
     Args:
         in_features: Number of features ``d``.
         out_features: Number of outputs ``o``.
@@ -71,6 +76,7 @@ class BayesianHead(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.spec, self._rho = self.config.resolve(in_features, out_features)
         self.rule = RULES[self.config.rule]
+        self._lock = threading.RLock()  # held while the posterior changes, and by whoever reads several parts of it
         self._bound: Memory | None = None
         self._published: tuple[tuple[HeadState, int], ActingView] | None = None
         self.register_buffer("mean", torch.zeros(sum(self.spec.sizes), dtype=torch.float64))
@@ -142,16 +148,18 @@ class BayesianHead(nn.Module):
             raise ValueError("with the softmax link the targets are probabilities; leave target_scale at 1")
         bias = bias + weight @ centre
         means = prior_means(weight * scale / outputs.unsqueeze(-1), bias / outputs, self.spec.shapes)
-        self.mean.copy_(torch.cat([mean.flatten() for mean in means]))
-        for block, prior in zip(self._cov(), self._prior_cov(), strict=True):
-            block.copy_(prior)
-        self.feature_mean.copy_(centre)
-        self.feature_scale.copy_(scale)
-        self.target_scale.copy_(outputs)
-        self.labels_seen.zero_()
-        if self.learns_noise:
-            self.noise_cov.copy_(self.noise_start_cov)
-            self.noise_labels.fill_(self.config.noise_labels)
+        mean, priors = torch.cat([mean.flatten() for mean in means]), self._prior_cov()
+        with self._changing():
+            self.mean.copy_(mean)
+            for block, prior in zip(self._cov(), priors, strict=True):
+                block.copy_(prior)
+            self.feature_mean.copy_(centre)
+            self.feature_scale.copy_(scale)
+            self.target_scale.copy_(outputs)
+            self.labels_seen.zero_()
+            if self.learns_noise:
+                self.noise_cov.copy_(self.noise_start_cov)
+                self.noise_labels.fill_(self.config.noise_labels)
 
     def set_noise(self, noise: float | Tensor) -> None:
         """Set the label noise: one variance for all outputs, or a covariance ``(o, o)``, in squared target units.
@@ -182,10 +190,12 @@ class BayesianHead(nn.Module):
                 f"the noise covariance has the eigenvalue {smallest:.3g}; a noise that is learned, or that labels are "
                 "weighed by, must be positive in every direction"
             )
-        self.noise_cov.copy_(noise_cov / self._target_square())
-        if self.learns_noise:
-            self.noise_start_cov.copy_(self.noise_cov)
-            self.noise_labels.fill_(self.config.noise_labels)
+        scaled = noise_cov / self._target_square()
+        with self._changing():
+            self.noise_cov.copy_(scaled)
+            if self.learns_noise:
+                self.noise_start_cov.copy_(scaled)
+                self.noise_labels.fill_(self.config.noise_labels)
 
     @property
     def mean_square_scale(self) -> float:
@@ -202,7 +212,7 @@ class BayesianHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Predicted mean of the target, ``(N, o)``, for features ``(N, d)``; class probabilities with softmax."""
         if len(self.spec.shapes) > 2:
-            logits = functional.predict_logits(self.state, self.standardise(features)).mean
+            logits = self.predict_logits(features).mean
         else:
             logits = view_mean(self.view(), self.standardise(features))
         return torch.softmax(logits, dim=-1) if self.rule.link == "softmax" else logits * self.target_scale
@@ -210,31 +220,33 @@ class BayesianHead(nn.Module):
     @torch.no_grad()
     def predict(self, features: Tensor) -> Prediction:
         """Distribution of the target for each row of ``features``, ``(N, d)``."""
-        logits = functional.predict_logits(self.state, self.standardise(features))
+        with self._lock:
+            logits, noise_cov = self.predict_logits(features), self.noise_cov.clone()
         if self.rule.link == "softmax":
             moments = softmax_moments(logits)
             return Prediction(moments.mean, moments.cov, softmax_jacobian(moments.mean))
         square = self._target_square()
-        aleatoric = (self.noise_cov * square).expand_as(logits.cov)
+        aleatoric = (noise_cov * square).expand_as(logits.cov)
         return Prediction(logits.mean * self.target_scale, logits.cov * square, aleatoric)
 
     @torch.no_grad()
     def predict_logits(self, features: Tensor) -> Gaussian:
         """Distribution of the last layer's output for each row, before the link and in units of ``target_scale``."""
-        return functional.predict_logits(self.state, self.standardise(features))
+        with self._lock:
+            return functional.predict_logits(self.state, self.standardise(features))
 
     @torch.no_grad()
     def view(self) -> ActingView:
         """What acting needs, as a copy; ``standardise`` its features and multiply its mean by ``target_scale``.
 
-        The copy is made once after each change of the posterior and swapped in by one assignment, so that whoever acts
-        in another thread never sees half an update.
+        The copy is made once after each change of the posterior, while none is under way, and swapped in by one
+        assignment, so that whoever acts in another thread never sees half an update and mostly does not wait.
         """
         state = self._memory().state
-        version = (state, state.mean._version)
         published = self._published
-        if published is None or published[0] != version:
-            published = self._published = (version, acting_view(state))
+        if published is None or published[0] != (state, state.mean._version):
+            with self._lock:
+                published = self._published = ((state, state.mean._version), acting_view(state))
         return published[1]
 
     def increment(self, features: Tensor | Array, target: Tensor | Array) -> Increment:
@@ -257,9 +269,11 @@ class BayesianHead(nn.Module):
 
     def apply_increment(self, step: Increment) -> None:
         """Add an increment to the posterior, in place, and take over what it makes of the noise."""
-        functional.apply(self.state, step)
-        self._memory().keep(step.noise)
-        self._memory().labels_seen += step.info.labels // self.out_features
+        memory = self._memory()
+        with self._changing():
+            functional.apply(memory.state, step)
+            memory.keep(step.noise)
+            memory.labels_seen += step.info.labels // self.out_features
 
     def update(self, features: Tensor | Array, target: Tensor | Array) -> UpdateInfo:
         """Condition the posterior on labelled rows; either completes or changes nothing.
@@ -274,7 +288,8 @@ class BayesianHead(nn.Module):
             The record of the update in units of ``target_scale``, over all blocks where there are several.
         """
         memory = self._memory()
-        done = memory.learn(features, target)
+        with self._lock:
+            done = memory.learn(features, target)
         if done is not None:
             return done
         all_rows, all_labels = self._checked(features, target)
@@ -283,39 +298,48 @@ class BayesianHead(nn.Module):
         if engine is not None and engine.propagates:
             belief = None if memory.noise_model is None else memory.belief()
             row = functional.row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov, belief)
-            engine.commit(row.mean_step, row.factor, row.signs)
-            if belief is not None:
+            with self._changing():
+                engine.commit(row.mean_step, row.factor, row.signs)
                 memory.keep(row.noise)
-            memory.labels_seen += 1
+                memory.labels_seen += 1
             return row.info
-        state = memory.state if count <= functional.MAX_JOINT_ROWS else memory.state.clone()
+        successive = count > functional.MAX_JOINT_ROWS
+        state = memory.state.clone() if successive else memory.state
         records: list[UpdateInfo] = []
         noise_cov, belief = memory.noise_cov, memory.belief()
         blocks = (torch.as_tensor(values).split(functional.MAX_JOINT_ROWS) for values in (all_rows, all_labels))
         for rows, labels in zip(*blocks, strict=True):
             step = functional.increment(state, rows, labels, self.rule, noise_cov, belief)
-            functional.apply(state, step)
+            if successive:
+                functional.apply(state, step)
             records.append(step.info)
             if belief is not None and step.noise is not None:  # the next block knows what this one has learned
                 belief = belief._replace(estimate=step.noise)
                 noise_cov = torch.from_numpy(step.noise.cov).to(noise_cov)
-        if state is not memory.state:
-            functional.overwrite(memory.state, state)
-        memory.keep(None if belief is None else belief.estimate)
-        memory.labels_seen += count
-        return functional.merge(records) if len(records) > 1 else records[0]
+        info = functional.merge(records) if successive else records[0]
+        with self._changing():
+            if successive:
+                functional.overwrite(memory.state, state)
+            else:
+                functional.apply(state, step)
+            memory.keep(None if belief is None else belief.estimate)
+            memory.labels_seen += count
+        return info
 
     def reopen(self, fraction: float = 1.0) -> None:
         """Keep the means and move the covariance towards the prior's, by default all the way; see ``revision``."""
-        revision.reopen(self.state, self._prior_cov(), fraction)
+        with self._lock:
+            revision.reopen(self.state, self._prior_cov(), fraction)
 
     def forget(self, factor: float) -> None:
         """Keep the means and divide the covariance by a factor in (0, 1]; see ``revision``."""
-        revision.forget(self.state, factor)
+        with self._lock:
+            revision.forget(self.state, factor)
 
     def add_process_noise(self, scale: float) -> None:
         """Keep the means and add ``scale`` times the prior's covariance; see ``revision.diffuse``."""
-        revision.diffuse(self.state, self._prior_cov(), scale)
+        with self._lock:
+            revision.diffuse(self.state, self._prior_cov(), scale)
 
     def standardise(self, features: Tensor) -> Tensor:
         """Features ``(..., d)`` in float64, centred and scaled as at pre-training."""
@@ -371,8 +395,20 @@ class BayesianHead(nn.Module):
         return memory
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is derived from the buffers is derived again from their copies.
-        return {**self.__dict__, "_bound": None, "_published": None}
+        # What is derived from the buffers is derived again from their copies, and a copy has a lock of its own.
+        state = {**self.__dict__, "_bound": None, "_published": None}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """All of a change or, to other threads and to an interrupt, none of it."""
+        with self._lock, functional.interrupts_deferred():
+            yield
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianHead:
         """Follow a change of device, but never of dtype: the posterior stays in float64."""
@@ -389,7 +425,8 @@ class BayesianHead(nn.Module):
                     f"{prefix + name} is {loaded.dtype} in the file and {buffer.dtype} in the head; a posterior that "
                     "was cast has lost digits it needs, save it again without casting"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with self._changing():
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _moved(buffer: Tensor, device: torch.device) -> Tensor:
