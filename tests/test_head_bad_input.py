@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import STRUCTURES, randn
@@ -277,3 +278,25 @@ def test_features_of_another_width_are_not_predicted(call: str) -> None:
     function: Callable[[Tensor], Any] = getattr(head, call)
     with pytest.raises((ValueError, RuntimeError)):
         function(randn(2, 4, seed=19))
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("dtype", ["complex128", "U8", "object"])
+@pytest.mark.parametrize("which", ["features", "target"])
+def test_what_is_no_real_number_is_refused_by_its_dtype(outputs: int, dtype: str, which: str) -> None:
+    head = make_head(outputs)
+    before = snapshot(head)
+    given: dict[str, Any] = {"features": np.ones((1, 3)), "target": np.ones((1, outputs))}
+    given[which] = given[which].astype(dtype)
+    with pytest.raises(TypeError, match=r"features or target hold .*; expected real numbers"):
+        head.update(**given)
+    assert_untouched(head, before)
+
+
+def test_complex_tensors_are_refused() -> None:
+    head = make_head()
+    before = snapshot(head)
+    for given in (torch.ones(1, 3, dtype=torch.complex64), torch.ones(1, 3, dtype=torch.complex64, requires_grad=True)):
+        with pytest.raises(TypeError, match="hold complex64; expected real numbers"):
+            head.update(given, torch.zeros(1, 2))
+    assert_untouched(head, before)

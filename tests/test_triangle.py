@@ -52,7 +52,7 @@ def test_the_downdate_is_that_of_the_full_matrix(shape: LayerShape) -> None:
     dense, factor = random_cov(shape.size, seed=3), randn(shape.size, 2, seed=4)
     signs = torch.tensor([-1.0, 1.0], dtype=torch.float64)
     flat = triangle.pack(dense, shape)
-    triangle.downdate_(flat, shape, factor, signs)
+    triangle.downdate_(flat, shape, factor, factor * signs)
     expected = dense + (factor * signs) @ factor.mT
     torch.testing.assert_close(triangle.unpack(flat, shape), expected, rtol=1e-12, atol=1e-12)
 

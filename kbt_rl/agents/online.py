@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import sys
 import time
+import warnings
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from kbt_rl.agents import behaviour_cloning as cloning
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
 from kbt_rl.agents.experts import Expert, as_labeller, env_attribute, force_levels, max_force
+from kbt_rl.agents.files import replacing
 from kbt_rl.agents.policies import DecisionTransformerPolicy, TransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled_rows
 from kbt_rl.models.context import ContextWindow
@@ -385,6 +388,33 @@ class OnlineAlgorithm(BaseAlgorithm):
                 f"an action of 1 is {found} N in the new environment and {self.max_force} N in the one the policy "
                 f"was trained in; make the environment with max_force={self.max_force}"
             )
+
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """SB3's ``save``, by which a file is replaced as a whole: killed at any moment, it is the old one or the new.
+
+        Save in the thread that updates, or while no other does.
+
+        Args:
+            path: With or without ``.zip``; or a file that is open for writing, which is written as it is.
+            exclude: Attributes that are not saved, besides SB3's own choice.
+            include: Attributes that are saved although they are excluded.
+        """
+        if not isinstance(path, (str, Path)):
+            super().save(path, exclude, include)
+            return
+        target = Path(path)
+        if target.suffix == "":
+            target = Path(f"{target}.zip")
+        while target.is_dir():
+            warnings.warn(f"{target} is a folder; saving to {target}_2 instead", stacklevel=2)
+            target = Path(f"{target}_2")
+        with replacing(target) as file:
+            super().save(file, exclude, include)
 
     @classmethod
     def load(

@@ -7,7 +7,9 @@ functions of this package. It keeps float64 whatever dtype the rest of the model
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from kbt_rl.inference.moments import Gaussian, softmax_jacobian, softmax_moments
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.prior import prior_cov, prior_means
-from kbt_rl.inference.update import HeadState, Increment, UpdateInfo, interrupts_deferred
+from kbt_rl.inference.update import HeadState, Increment, UpdateInfo
 
 Array = npt.NDArray[Any]
 # A version of the posterior, what acting needs of it, and the machine code that acts by it.
@@ -52,6 +54,9 @@ class Prediction(NamedTuple):
 
 class BayesianHead(nn.Module):
     """Gaussian posterior over the weights of a small ReLU network that starts as a pre-trained linear layer.
+
+    One thread may learn while others predict: a prediction is that of one posterior, never of half an update. Two
+    threads must not learn at the same time, and ``state`` and ``state_dict`` are the live memory.
 
     Args:
         in_features: Number of features ``d``.
@@ -79,6 +84,7 @@ class BayesianHead(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.spec, self._rho = self.config.resolve(in_features, out_features)
         self.rule = RULES[self.config.rule]
+        self._lock = threading.RLock()  # held while the posterior changes, and by whoever reads several parts of it
         self._bound: Memory | None = None
         self._history = History(self.config.history) if self.config.history else None
         self._published: Published | None = None
@@ -151,16 +157,18 @@ class BayesianHead(nn.Module):
             raise ValueError("with the softmax link the targets are probabilities; leave target_scale at 1")
         bias = bias + weight @ centre
         means = prior_means(weight * scale / outputs.unsqueeze(-1), bias / outputs, self.spec.shapes)
-        self.mean.copy_(torch.cat([mean.flatten() for mean in means]))
-        for block, prior in zip(self._cov(), self._prior_cov(), strict=True):
-            block.copy_(prior)
-        self.feature_mean.copy_(centre)
-        self.feature_scale.copy_(scale)
-        self.target_scale.copy_(outputs)
-        self.labels_seen.zero_()
-        if self.learns_noise:
-            self.noise_cov.copy_(self.noise_start_cov)
-            self.noise_labels.fill_(self.config.noise_labels)
+        mean, priors = torch.cat([mean.flatten() for mean in means]), self._prior_cov()
+        with self._changing():
+            self.mean.copy_(mean)
+            for block, prior in zip(self._cov(), priors, strict=True):
+                block.copy_(prior)
+            self.feature_mean.copy_(centre)
+            self.feature_scale.copy_(scale)
+            self.target_scale.copy_(outputs)
+            self.labels_seen.zero_()
+            if self.learns_noise:
+                self.noise_cov.copy_(self.noise_start_cov)
+                self.noise_labels.fill_(self.config.noise_labels)
 
     def set_noise(self, noise: float | Tensor) -> None:
         """Set the label noise: one variance for all outputs, or a covariance ``(o, o)``, in squared target units.
@@ -191,10 +199,12 @@ class BayesianHead(nn.Module):
                 f"the noise covariance has the eigenvalue {smallest:.3g}; a noise that is learned, or that labels are "
                 "weighed by, must be positive in every direction"
             )
-        self.noise_cov.copy_(noise_cov / self._target_square())
-        if self.learns_noise:
-            self.noise_start_cov.copy_(self.noise_cov)
-            self.noise_labels.fill_(self.config.noise_labels)
+        scaled = noise_cov / self._target_square()
+        with self._changing():
+            self.noise_cov.copy_(scaled)
+            if self.learns_noise:
+                self.noise_start_cov.copy_(scaled)
+                self.noise_labels.fill_(self.config.noise_labels)
 
     @property
     def mean_square_scale(self) -> float:
@@ -221,7 +231,7 @@ class BayesianHead(nn.Module):
     def _mean_logits(self, features: Tensor) -> Tensor:
         """Mean of the last layer's output, ``(N, o)``, by the shortest way."""
         if len(self.spec.shapes) > 2:
-            return functional.predict_logits(self.state, self.standardise(features)).mean
+            return self.predict_logits(features).mean
         _, view, actor = self._publish()
         if actor is None or not 0 < len(features) <= _FEW_ROWS or features.shape[1:] != (self.in_features,):
             return view_mean(view, self.standardise(features))
@@ -232,35 +242,37 @@ class BayesianHead(nn.Module):
     @torch.no_grad()
     def predict(self, features: Tensor) -> Prediction:
         """Distribution of the target for each row of ``features``, ``(N, d)``."""
-        logits = functional.predict_logits(self.state, self.standardise(features))
+        with self._lock:
+            logits, noise_cov = self.predict_logits(features), self.noise_cov.clone()
         if self.rule.link == "softmax":
             moments = softmax_moments(logits)
             return Prediction(moments.mean, moments.cov, softmax_jacobian(moments.mean))
         square = self._target_square()
-        aleatoric = (self.noise_cov * square).expand_as(logits.cov)
+        aleatoric = (noise_cov * square).expand_as(logits.cov)
         return Prediction(logits.mean * self.target_scale, logits.cov * square, aleatoric)
 
     @torch.no_grad()
     def predict_logits(self, features: Tensor) -> Gaussian:
         """Distribution of the last layer's output for each row, before the link and in units of ``target_scale``."""
-        return functional.predict_logits(self.state, self.standardise(features))
+        with self._lock:
+            return functional.predict_logits(self.state, self.standardise(features))
 
     @torch.no_grad()
     def view(self) -> ActingView:
         """What acting needs, as a copy; ``standardise`` its features and multiply its mean by ``target_scale``.
 
-        The copy is made once after each change of the posterior and swapped in by one assignment, so that whoever acts
-        in another thread never sees half an update.
+        The copy is made once after each change of the posterior, while none is under way, and swapped in by one
+        assignment, so that whoever acts in another thread never sees half an update and mostly does not wait.
         """
         return self._publish()[1]
 
     def _publish(self) -> Published:
         state = self._memory().state
-        version = (state, state.mean._version)
         published = self._published
-        if published is None or published[0] != version:
-            view = acting_view(state)
-            published = self._published = version, view, compiled.actor(view)
+        if published is None or published[0] != (state, state.mean._version):
+            with self._lock:
+                version, view = (state, state.mean._version), acting_view(state)
+                published = self._published = version, view, compiled.actor(view)
         return published
 
     def increment(self, features: Tensor | Array, target: Tensor | Array) -> Increment:
@@ -285,10 +297,11 @@ class BayesianHead(nn.Module):
         """Add an increment to the posterior, in place, and take over what it makes of the noise."""
         memory, rows = self._memory(), step.info.labels // self.out_features
         before = self._before()
-        functional.apply(memory.state, step)
-        memory.keep(step.noise)
-        memory.labels_seen += rows
-        self._remember([step], before, rows)
+        with self._changing():
+            functional.apply(memory.state, step)
+            memory.keep(step.noise)
+            memory.labels_seen += rows
+            self._remember([step], before, rows)
 
     def update(self, features: Tensor | Array, target: Tensor | Array) -> UpdateInfo:
         """Condition the posterior on labelled rows; either completes or changes nothing.
@@ -303,7 +316,8 @@ class BayesianHead(nn.Module):
             The record of the update in units of ``target_scale``, over all blocks where there are several.
         """
         memory = self._memory()
-        done = memory.learn(features, target)
+        with self._lock:
+            done = memory.learn(features, target)
         if done is not None:
             return done
         all_rows, all_labels = self._checked(features, target)
@@ -312,29 +326,35 @@ class BayesianHead(nn.Module):
         if engine is not None and engine.propagates:
             belief = None if memory.noise_model is None else memory.belief()
             row = functional.row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov, belief)
-            engine.commit(row.mean_step, row.factor, row.signs)
-            if belief is not None:
+            with self._changing():
+                engine.commit(row.mean_step, row.factor, row.signs)
                 memory.keep(row.noise)
-            memory.labels_seen += 1
-            self._remember([row.as_increment()], before, 1)
+                memory.labels_seen += 1
+                self._remember([row.as_increment()], before, 1)
             return row.info
-        state = memory.state if count <= functional.MAX_JOINT_ROWS else memory.state.clone()
+        successive = count > functional.MAX_JOINT_ROWS
+        state = memory.state.clone() if successive else memory.state
         steps: list[Increment] = []
         noise_cov, belief = memory.noise_cov, memory.belief()
         blocks = (torch.as_tensor(values).split(functional.MAX_JOINT_ROWS) for values in (all_rows, all_labels))
         for rows, labels in zip(*blocks, strict=True):
             step = functional.increment(state, rows, labels, self.rule, noise_cov, belief)
-            functional.apply(state, step)
+            if successive:
+                functional.apply(state, step)
             steps.append(step)
             if belief is not None and step.noise is not None:  # the next block knows what this one has learned
                 belief = belief._replace(estimate=step.noise)
                 noise_cov = torch.from_numpy(step.noise.cov).to(noise_cov)
-        if state is not memory.state:
-            functional.overwrite(memory.state, state)
-        memory.keep(None if belief is None else belief.estimate)
-        memory.labels_seen += count
-        self._remember(steps, before, count)
-        return functional.merge([step.info for step in steps]) if len(steps) > 1 else steps[0].info
+        info = functional.merge([step.info for step in steps]) if successive else steps[0].info
+        with self._changing():
+            if successive:
+                functional.overwrite(memory.state, state)
+            else:
+                functional.apply(state, steps[0])
+            memory.keep(None if belief is None else belief.estimate)
+            memory.labels_seen += count
+            self._remember(steps, before, count)
+        return info
 
     def rollback(self, n: int = 1) -> int:
         """Take back the last ``n`` updates: all of them, or, with an error, none.
@@ -376,7 +396,7 @@ class BayesianHead(nn.Module):
         """Take over what ``plan_rollback`` has found; nothing must have changed the posterior in between."""
         memory = self._memory()
         assert self._history is not None
-        with interrupts_deferred():
+        with self._changing():
             functional.overwrite(memory.state, undo.state)
             memory.keep(undo.noise)
             memory.labels_seen -= undo.rows
@@ -400,15 +420,18 @@ class BayesianHead(nn.Module):
 
     def reopen(self, fraction: float = 1.0) -> None:
         """Keep the means and move the covariance towards the prior's, by default all the way; see ``revision``."""
-        revision.reopen(self.state, self._prior_cov(), fraction)
+        with self._lock:
+            revision.reopen(self.state, self._prior_cov(), fraction)
 
     def forget(self, factor: float) -> None:
         """Keep the means and divide the covariance by a factor in (0, 1]; see ``revision``."""
-        revision.forget(self.state, factor)
+        with self._lock:
+            revision.forget(self.state, factor)
 
     def add_process_noise(self, scale: float) -> None:
         """Keep the means and add ``scale`` times the prior's covariance; see ``revision.diffuse``."""
-        revision.diffuse(self.state, self._prior_cov(), scale)
+        with self._lock:
+            revision.diffuse(self.state, self._prior_cov(), scale)
 
     def standardise(self, features: Tensor) -> Tensor:
         """Features ``(..., d)`` in float64, centred and scaled as at pre-training."""
@@ -467,9 +490,21 @@ class BayesianHead(nn.Module):
         return memory
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is derived from the buffers is derived again from their copies.
+        # What is derived from the buffers is derived again from their copies, and a copy has a lock of its own.
         history = History(self.config.history) if self.config.history else None
-        return {**self.__dict__, "_bound": None, "_published": None, "_history": history}
+        state = {**self.__dict__, "_bound": None, "_published": None, "_history": history}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """All of a change or, to other threads and to an interrupt, none of it."""
+        with self._lock, functional.interrupts_deferred():
+            yield
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianHead:
         """Follow a change of device, but never of dtype: the posterior stays in float64."""
@@ -486,7 +521,8 @@ class BayesianHead(nn.Module):
                     f"{prefix + name} is {loaded.dtype} in the file and {buffer.dtype} in the head; a posterior that "
                     "was cast has lost digits it needs, save it again without casting"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with self._changing():
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _moved(buffer: Tensor, device: torch.device) -> Tensor:

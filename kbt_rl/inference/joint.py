@@ -155,10 +155,10 @@ def _product_cov(weight: Tensor, shared: Tensor, inputs: Tensor) -> Tensor:
     return flat + flat.mT
 
 
-def downdate_(cov: Sequence[Tensor], shapes: Sequence[LayerShape], factor: Tensor, signs: Tensor) -> None:
-    """``Sigma += V diag(signs) V'`` in place, for ``V`` of shape ``(P, q)``."""
-    parts = factor.split([shape.size for shape in shapes])
-    for block, shape, part in zip(cov, shapes, parts, strict=False):
-        triangle.downdate_(block, shape, part, signs)
+def downdate_(cov: Sequence[Tensor], shapes: Sequence[LayerShape], factor: Tensor, signed: Tensor) -> None:
+    """``Sigma += V diag(signs) V'`` in place, for ``V`` and ``signed`` = ``V diag(signs)`` of shape ``(P, q)``."""
+    parts, signed_parts = (whole.split([shape.size for shape in shapes]) for whole in (factor, signed))
+    for block, shape, part, signed_part in zip(cov, shapes, parts, signed_parts, strict=False):
+        triangle.downdate_(block, shape, part, signed_part)
     for (above, below), block in between(cov, len(shapes)).items():
-        block.addmm_(parts[above] * signs, parts[below].mT)
+        block.addmm_(signed_parts[above], parts[below].mT)

@@ -101,15 +101,20 @@ class Memory:
         labels[...] = estimate.labels
 
     def take(self, values: Tensor | Array) -> Any:
-        """Values as this memory computes with them, detached, so that nothing is recorded for a gradient."""
+        """Values as this memory computes with them, detached, so that nothing is recorded for a gradient.
+
+        Raises:
+            TypeError: They are not real numbers: complex, text or objects.
+        """
         if not self.on_cpu:
-            return torch.as_tensor(values).detach().to(self.device, torch.float64)
-        if not isinstance(values, Tensor):
-            return np.asarray(values)
-        try:
-            return values.numpy()
-        except (TypeError, RuntimeError):  # it needs a gradient, is elsewhere, or has a dtype that NumPy lacks
-            return values.detach().to("cpu", torch.float64).numpy()
+            tensor = torch.as_tensor(values).detach()
+            if tensor.is_complex():
+                raise TypeError(f"features or target hold {tensor.dtype}; expected real numbers")
+            return tensor.to(self.device, torch.float64)
+        array = _as_array(values)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"features or target hold {array.dtype}; expected real numbers")
+        return array
 
     def finite(self, features: Any, target: Any) -> bool:
         """Whether no entry is NaN or infinite."""
@@ -117,6 +122,17 @@ class Memory:
             return True  # the usual case; a huge but finite entry is looked at again
         total = float(abs(features).max()) + float(abs(target).max())
         return math.isfinite(total)
+
+
+def _as_array(values: Tensor | Array) -> Array:
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    try:
+        array: Array = values.numpy()
+    except (TypeError, RuntimeError):  # it needs a gradient, is elsewhere, or has a dtype that NumPy lacks
+        values = values.detach().cpu()
+        array = (values if values.is_complex() else values.double()).numpy()
+    return array
 
 
 def _copy(cov: Any) -> Array:

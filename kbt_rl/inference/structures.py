@@ -41,8 +41,11 @@ class Structure(Protocol):
     def cross_cov(self, projection: Tensor, jacobian: Tensor) -> Tensor:
         """``Cov(w, u^L)``, shape ``(..., n k, B o)``, from the mean Jacobian ``(..., B, o, n)``."""
 
-    def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signs: Tensor) -> None:
-        """``cov += V diag(signs) V'`` in place, for ``V`` of shape ``(n k, q)``."""
+    def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signed: Tensor) -> None:
+        """``cov += V diag(signs) V'`` in place, for ``V`` and ``signed`` = ``V diag(signs)`` of shape ``(n k, q)``.
+
+        Allocates nothing of the covariance's size, so that it does not fail half way.
+        """
 
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """Covariance of each neuron's weights, ``(n, k, k)``; a view where the storage allows."""
@@ -85,9 +88,9 @@ class Layer:
             return projection.squeeze(-1) @ jacobian.squeeze(-3).mT
         return torch.einsum("...alb,...bol->...abo", projection, jacobian).flatten(-2)
 
-    def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signs: Tensor) -> None:
+    def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signed: Tensor) -> None:
         """See ``Structure``."""
-        triangle.downdate_(cov, shape, factor, signs)
+        triangle.downdate_(cov, shape, factor, signed)
 
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""
@@ -167,10 +170,10 @@ class Neuron(_PerNeuron):
             term = term + torch.einsum("jpq,...bpcq->...jbc", cov[:, :-1, :-1], rows)
         return self._embed(term)
 
-    def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signs: Tensor) -> None:
+    def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signed: Tensor) -> None:
         """See ``Structure``."""
-        blocks = factor.view(shape.n, shape.k, -1)
-        cov.baddbmm_(blocks * signs, blocks.mT)
+        blocks, signed_blocks = (whole.view(shape.n, shape.k, -1) for whole in (factor, signed))
+        cov.baddbmm_(signed_blocks, blocks.mT)
 
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""
@@ -213,9 +216,9 @@ class Diagonal(_PerNeuron):
             term = term + torch.einsum("jp,...bpcp->...jbc", cov[:, :-1], rows)
         return self._embed(term)
 
-    def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signs: Tensor) -> None:
+    def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signed: Tensor) -> None:
         """See ``Structure``."""
-        cov.add_((factor * factor * signs).sum(-1).view(shape.n, shape.k))
+        cov.view(-1, 1, 1).baddbmm_(signed.unsqueeze(-2), factor.unsqueeze(-1))
 
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""

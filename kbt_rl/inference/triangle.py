@@ -114,9 +114,8 @@ def unflatten_rows(projection: Tensor, inputs: Tensor) -> Tensor:
     return split.movedim((0, 1), (-3, -2))
 
 
-def downdate_(flat: Tensor, shape: LayerShape, factor: Tensor, signs: Tensor) -> None:
-    """``Sigma += V diag(signs) V'`` in place, for ``V`` of shape ``(n k, q)``."""
-    signed = factor * signs
+def downdate_(flat: Tensor, shape: LayerShape, factor: Tensor, signed: Tensor) -> None:
+    """``Sigma += V diag(signs) V'`` in place, for ``V`` and ``signed`` = ``V diag(signs)`` of shape ``(n k, q)``."""
     for first, last, matrix in block_rows(flat, shape):
         matrix.addmm_(signed[first * shape.k : last * shape.k], factor[: last * shape.k].mT)
 

@@ -373,21 +373,25 @@ def _check(mean_step: float, info: UpdateInfo) -> None:
 
 
 def apply(state: HeadState, step: Increment) -> None:
-    """Move the posterior in place; an interrupt that arrives meanwhile is delivered afterwards."""
+    """Move the posterior in place; an interrupt that arrives meanwhile is delivered afterwards.
+
+    What has to be allocated is allocated before the first change.
+    """
     # From some rank on, a matrix product is faster.
     if len(step.signs) <= _LARGEST_ROW_RANK and state.engine is not None:
         moves = np.ascontiguousarray(step.cov_factor.mT.numpy())
         state.engine.commit(step.mean_step.numpy(), moves, step.signs.numpy())
         return
+    signed, sizes = step.cov_factor * step.signs, state.spec.sizes
     with interrupts_deferred():
         state.mean.add_(step.mean_step)
         if state.spec.structure == "joint":
-            joint.downdate_(state.cov, state.spec.shapes, step.cov_factor, step.signs)
+            joint.downdate_(state.cov, state.spec.shapes, step.cov_factor, signed)
             return
         ops = LAYERWISE[state.spec.structure]
-        factors = step.cov_factor.split(state.spec.sizes)
-        for block, shape, factor in zip(state.cov, state.spec.shapes, factors, strict=True):
-            ops.downdate_(block, shape, factor, step.signs)
+        parts = zip(state.cov, state.spec.shapes, step.cov_factor.split(sizes), signed.split(sizes), strict=True)
+        for block, shape, factor, signed_factor in parts:
+            ops.downdate_(block, shape, factor, signed_factor)
 
 
 def overwrite(state: HeadState, new: HeadState) -> None:
