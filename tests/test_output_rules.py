@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -317,3 +318,12 @@ def test_indefinite_covariance_is_reported_with_its_eigenvalue() -> None:
         condition("measure", given._replace(predicted=Gaussian(given.predicted.mean, indefinite), noise=0 * indefinite))
     assert caught.value.smallest == pytest.approx(-1.0)
     assert "predicted covariance plus noise" in caught.value.name
+
+
+def test_a_singular_covariance_of_the_innovation_leaves_a_finite_nis() -> None:
+    """One direction of huge variance swallows the rounding units of the others."""
+    direction = torch.tensor([1.0, 1.0, -2.0], dtype=torch.float64)
+    predicted = Gaussian(torch.zeros(3, dtype=torch.float64), 1e40 * torch.outer(direction, direction))
+    target = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    nis = float(RULES["fisher"].condition(predicted, target, torch.zeros(3, 3, dtype=torch.float64)).nis)
+    assert 0.0 <= nis < math.inf

@@ -58,7 +58,7 @@ class EKFHead(BayesianHead):
         slopes = last[0, :-1] * (logits > 0.0)
         return np.concatenate([np.outer(slopes, inputs).ravel(), hidden]), float(last[0] @ hidden)
 
-    def view(self) -> ActingView:
+    def _acting_view(self) -> ActingView:
         """The network at the mean weights: no variance in the hidden units."""
         first, last = (weight.clone() for weight in self.state.weights)
         n, k = first.shape

@@ -266,12 +266,16 @@ class BayesianHead(nn.Module):
         """
         return self._publish()[1]
 
+    def _acting_view(self) -> ActingView:
+        """A view of the posterior as it is; a head that acts in another way than by its moments overrides this."""
+        return acting_view(self.state)
+
     def _publish(self) -> Published:
         state = self._memory().state
         published = self._published
         if published is None or published[0] != (state, state.mean._version):
             with self._lock:
-                version, view = (state, state.mean._version), acting_view(state)
+                version, view = (state, state.mean._version), self._acting_view()
                 published = self._published = version, view, compiled.actor(view)
         return published
 

@@ -274,5 +274,9 @@ def _softmax_nis(predicted: Gaussian, jacobian: Tensor, innovation: Tensor) -> T
     free = torch.arange(len(innovation), device=innovation.device) % outputs != outputs - 1
     reduced = cov[free][:, free]
     reduced.diagonal().add_(torch.finfo(reduced.dtype).eps)
-    nis: Tensor = innovation[free] @ torch.linalg.solve(reduced, innovation[free])
+    weighed, failed = torch.linalg.solve_ex(reduced, innovation[free])
+    if int(failed) and bool(torch.isfinite(reduced).all()):
+        # Huge variances meet probabilities of 0: the matrix is singular to rounding, and only part of it says anything.
+        weighed = torch.linalg.pinv(reduced, hermitian=True) @ innovation[free]
+    nis: Tensor = innovation[free] @ weighed
     return nis
