@@ -1,0 +1,79 @@
+"""The benchmarks' own arithmetic; nothing here looks at a clock's answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("numba", reason='the micro-benchmarks need numba: pip install "kbt_rl[fast]"')
+
+from benchmarks import accuracy, page
+from benchmarks.clock import in_turns
+from benchmarks.machine import Limits, update_work
+from benchmarks.peers import STRUCTURES, Head, RankOne
+from benchmarks.speed import Row, head_of
+from kbt_rl.inference.config import HeadConfig
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_least_storage_is_what_the_head_needs(structure: str) -> None:
+    """Distinct entries of the dense covariance that the structure keeps."""
+    head = head_of(structure, features=4, width=8)
+    with torch.no_grad():
+        for block in head._cov():
+            block.fill_(1.0)
+    kept = int(torch.triu(head.state.dense_cov()).count_nonzero())
+    shapes = tuple((shape.n, shape.k) for shape in head.state.spec.shapes)
+    assert update_work(structure, shapes).stored_bytes == 8 * kept
+
+
+def test_the_limit_is_the_longer_of_moving_and_computing() -> None:
+    work = update_work("diagonal", ((2, 3),))
+    assert work == (48, 24)
+    assert work.seconds(Limits(1.0, 2.0, 1.0)) == 48 * 3.0
+    assert work.seconds(Limits(0.0, 0.0, 2.0)) == 12.0
+
+
+def test_calls_take_turns() -> None:
+    order: list[str] = []
+    found = in_turns({name: lambda n=name: order.append(n) for name in "ab"}, seconds=1e-9, burst=3, warm_up=1)
+    assert order == ["a", "b", "a", "a", "a", "b", "b", "b"]
+    assert {name: timing.calls for name, timing in found.items()} == {"a": 3, "b": 3}
+
+
+def test_peers_agree_where_they_are_the_same_method() -> None:
+    task = accuracy.toy(7, in_span=True, samples=60, held_out=20)
+    head = Head(16, task.noise, HeadConfig(layers=1, last_variance=1.0, rho=0.0))
+    exact = RankOne(16, task.noise)
+    for row, label in zip(task.features, task.labels, strict=True):
+        head.update(row, float(label))
+        exact.update(row, float(label))
+    for ours, theirs in zip(head.predict(task.test_features), exact.predict(task.test_features), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+def test_the_choice_looks_at_the_samples_only() -> None:
+    task = accuracy.toy(8, in_span=False, samples=40, held_out=10)
+    candidates = (HeadConfig(hidden_variance=1e-6), HeadConfig(hidden_variance=1e-3))
+    chosen = accuracy.choose(task, candidates)
+    spoilt = task._replace(test_labels=np.full(10, math.nan), test_features=np.full((10, 16), math.nan))
+    assert accuracy.choose(spoilt, candidates) == chosen
+    assert accuracy.one_step_density(task, chosen) == max(accuracy.one_step_density(task, each) for each in candidates)
+
+
+def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
+    rows = [Row("width", "width 32, joint", "joint", 16, 32, 2, 1, 1, 577, 1000, 300.0, 400.0, 200.0, 1)]
+    rows.append(rows[0]._replace(group="paper's head", name="encoder", weights=0, limit_us=math.nan))
+    scores = [accuracy.Score("toy", "KBT joint", seed, 0.1, 0.95, 0.8, "1e-5") for seed in (0, 1)]
+    about = dict.fromkeys(("machine", "cores", "python", "torch", "numpy", "numba", "date"), "x")
+    written = page.write(tmp_path, rows, scores, {**about, "missing": {"TAGI": "no MPI"}})
+    text = written.read_text(encoding="utf-8")
+    assert "- TAGI: no MPI" in text
+    assert "| width 32, joint | 577 | 1 | 1 | 300 | 400 | 1.3 | 200 | 1.5 |" in text
+    assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["accuracy"][1]["seed"] == 1
+    assert (tmp_path / "growth.png").stat().st_size > 1000
