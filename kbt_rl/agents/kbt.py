@@ -132,7 +132,7 @@ class KBT(OnlineAlgorithm):
             features = self.policy.encode(context)
         heads = self.policy.heads
         info = several.update(heads, rows, features, target)
-        unit = heads[0].mean_square_scale
+        unit, log_scale = heads[0].scales
         return KBTInfo(
             labels=len(target),
             innovation=info.innovation * unit**0.5,
@@ -141,7 +141,7 @@ class KBT(OnlineAlgorithm):
             predictive_variance=info.predictive_variance * unit,
             smallest_variance=info.smallest_variance,
             label_weight=info.label_weight,
-            log_density=info.log_density - len(target) * heads[0].log_scale,
+            log_density=info.log_density - len(target) * log_scale,
         )
 
     def set_fallback(self, fallback: Fallback | None) -> None:

@@ -304,8 +304,10 @@ class DecisionTransformerPolicy(TransformerPolicy):
     @property
     def heads(self) -> tuple[BayesianHead, ...]:
         """All posteriors: one, or one for each environment."""
-        several_heads = self._modules.get("head_of_env")
-        return (self.head,) if several_heads is None else tuple(several_heads.children())  # type: ignore[arg-type]
+        alone = self._modules.get("head")  # asked for with every update, and cheaper so than as an attribute
+        if alone is not None:
+            return (alone,)  # type: ignore[return-value]
+        return tuple(self.head_of_env.children())  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         if name == "head" and "head_of_env" in self.__dict__.get("_modules", {}):

@@ -207,15 +207,24 @@ class BayesianHead(nn.Module):
                 self.noise_labels.fill_(self.config.noise_labels)
 
     @property
+    def scales(self) -> tuple[float, float]:
+        """What takes averaged variances and log densities into units of the target.
+
+        The average over the outputs of the squared ``target_scale``, to multiply by, and the sum of its logarithms, to
+        subtract.
+        """
+        outputs = self._memory().outputs.tolist()
+        return sum(scale * scale for scale in outputs) / len(outputs), sum(map(math.log, outputs))
+
+    @property
     def mean_square_scale(self) -> float:
-        """Average over the outputs of the squared ``target_scale``: what averaged variances are multiplied by."""
-        outputs = self._memory().outputs
-        return float(outputs @ outputs) / self.out_features
+        """The first of ``scales``."""
+        return self.scales[0]
 
     @property
     def log_scale(self) -> float:
-        """Sum over the outputs of ``log(target_scale)``: what it takes a log density into units of the target."""
-        return sum(map(math.log, self._memory().outputs.tolist()))
+        """The second of ``scales``."""
+        return self.scales[1]
 
     @property
     def state(self) -> HeadState:
