@@ -12,8 +12,8 @@ from hypothesis import settings
 from torch import Tensor
 
 from kbt_rl.inference import joint, triangle
+from kbt_rl.inference.state import HeadSpec, HeadState
 from kbt_rl.inference.triangle import LayerShape
-from kbt_rl.inference.update import HeadSpec, HeadState
 
 STRUCTURES = ("joint", "layer", "neuron", "diagonal")
 

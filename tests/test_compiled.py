@@ -19,7 +19,8 @@ from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import NotPositiveDefiniteError
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.output import RULES
-from kbt_rl.inference.update import HeadState, Increment, UpdateInfo
+from kbt_rl.inference.record import Increment, UpdateInfo
+from kbt_rl.inference.state import HeadState
 
 pytestmark = pytest.mark.skipif(compiled.kernels() is None, reason='needs numba: pip install "kbt_rl[fast]"')
 

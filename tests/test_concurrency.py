@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.update import interrupts_deferred
+from kbt_rl.inference.interrupts import interrupts_deferred
 
 # Rows of one update and a head that takes each way of committing: machine code for a whole update, machine code for the
 # commit, and PyTorch for several rows, deeper heads and successive blocks.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.prior import layer_shapes, prior_cov, prior_means
-from kbt_rl.inference.update import HeadSpec, HeadState
+from kbt_rl.inference.state import HeadSpec, HeadState
 
 
 def dense(

@@ -15,7 +15,8 @@ from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.prior import layer_shapes, prior_cov, prior_means
 from kbt_rl.inference.reference import Cross, rts_update
-from kbt_rl.inference.update import HeadState, apply, increment
+from kbt_rl.inference.state import HeadState
+from kbt_rl.inference.update import apply, increment
 
 NOISE = torch.tensor([[0.2, 0.05], [0.05, 0.1]], dtype=torch.float64)
 

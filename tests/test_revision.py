@@ -16,8 +16,8 @@ from kbt_rl.inference.acting import view_mean
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.state import HeadState
 from kbt_rl.inference.structures import LAYERWISE
-from kbt_rl.inference.update import HeadState
 
 STRUCTURE = pytest.mark.parametrize("structure", STRUCTURES)
 Remedy = Callable[[BayesianHead], None]

@@ -14,7 +14,8 @@ from scipy.stats import norm
 from torch import Tensor
 
 from kbt_rl.inference.output import RULES
-from kbt_rl.inference.update import HeadSpec, HeadState, apply, increment, predict_logits, propagate
+from kbt_rl.inference.state import HeadSpec, HeadState
+from kbt_rl.inference.update import apply, increment, predict_logits, propagate
 
 pytestmark = pytest.mark.usefixtures("_short_block_rows")
 

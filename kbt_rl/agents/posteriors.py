@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kbt_rl.inference.head import BayesianHead, Prediction
+from kbt_rl.inference.interrupts import interrupts_deferred
 from kbt_rl.inference.moments import Gaussian
-from kbt_rl.inference.update import UpdateInfo, interrupts_deferred, merge
+from kbt_rl.inference.record import UpdateInfo, merge
 
 Heads = Sequence[BayesianHead]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kbt_rl.inference.acting import ActingView
 from kbt_rl.inference.density import scalar_log_density
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.update import UpdateInfo
+from kbt_rl.inference.record import UpdateInfo
 
 Array = npt.NDArray[Any]
 

@@ -30,7 +30,7 @@ from kbt_rl.experiments.noise import noise_unit
 from kbt_rl.experiments.simulation import expert_force, simulate, starts
 from kbt_rl.experiments.trials import VisitedStates, model_path
 from kbt_rl.inference.density import LOG_TWO_PI
-from kbt_rl.inference.update import UpdateInfo
+from kbt_rl.inference.record import UpdateInfo
 
 FloatArray = npt.NDArray[np.float64]
 Stream = Literal["iid", "closed loop"]

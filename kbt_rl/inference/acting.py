@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kbt_rl.inference.moments import relu_mean, relu_slope
 from kbt_rl.inference.smoother import augment
+from kbt_rl.inference.state import HeadState
 from kbt_rl.inference.structures import LAYERWISE
-from kbt_rl.inference.update import HeadState
 
 
 class ActingView(NamedTuple):

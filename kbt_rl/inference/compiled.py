@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kbt_rl.inference.acting import ActingView
     from kbt_rl.inference.kernels import RowPass, ScalarRecord
-    from kbt_rl.inference.update import HeadState
+    from kbt_rl.inference.state import HeadState
 
 Array = npt.NDArray[Any]
 # Mean and scale of the features, (d,) each, and the counter of labels, (1,).

@@ -8,8 +8,8 @@ from typing import Any
 from kbt_rl.inference.noise import NOISES, STATISTICS
 from kbt_rl.inference.output import RULES, Link
 from kbt_rl.inference.prior import layer_shapes
+from kbt_rl.inference.state import HeadSpec
 from kbt_rl.inference.structures import STRUCTURES
-from kbt_rl.inference.update import HeadSpec
 
 # A joint covariance of 4,000 weights takes 70 MB.
 _MAX_JOINT_WEIGHTS = 4_000

@@ -16,7 +16,9 @@ from typing import NamedTuple
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.memory import Memory
 from kbt_rl.inference.noise import NoiseEstimate
-from kbt_rl.inference.update import HeadState, Increment, apply
+from kbt_rl.inference.record import Increment
+from kbt_rl.inference.state import HeadState
+from kbt_rl.inference.update import apply
 
 
 class Record(NamedTuple):

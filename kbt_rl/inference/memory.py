@@ -17,10 +17,13 @@ from torch import Tensor
 
 from kbt_rl.inference import compiled
 from kbt_rl.inference.acting import acting_view
+from kbt_rl.inference.conditioning import NoiseBelief
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES, OutputRule, measure, replace
 from kbt_rl.inference.prior import layer_shapes, prior_cov
-from kbt_rl.inference.update import HeadSpec, HeadState, NoiseBelief, UpdateInfo, learn_row, row_step
+from kbt_rl.inference.record import UpdateInfo
+from kbt_rl.inference.rows import learn_row, row_step
+from kbt_rl.inference.state import HeadSpec, HeadState
 
 Array = npt.NDArray[Any]
 

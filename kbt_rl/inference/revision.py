@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kbt_rl.inference.errors import UpdateError
-from kbt_rl.inference.update import HeadState, overwrite
+from kbt_rl.inference.state import HeadState
+from kbt_rl.inference.update import overwrite
 
 
 def reopen(state: HeadState, prior_cov: Sequence[Tensor], fraction: float = 1.0) -> None:

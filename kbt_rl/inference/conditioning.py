@@ -1,0 +1,69 @@
+"""From the distribution of the outputs and their labels to what the weights have to follow.
+
+Where the noise is known and Gaussian the output rule answers; where it is learned or has heavy tails, its model does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kbt_rl.inference.moments import Gaussian
+from kbt_rl.inference.noise import Judgement, NoiseEstimate, NoiseModel
+from kbt_rl.inference.output import Conditioning, OutputRule
+from kbt_rl.inference.record import UpdateInfo
+
+
+class NoiseBelief(NamedTuple):
+    """How the noise is judged, and what it is thought to be before an update."""
+
+    model: NoiseModel
+    estimate: NoiseEstimate
+
+
+class Conditioned(NamedTuple):
+    """The step of the outputs, the record (its smallest variance still to come) and the noise afterwards, if judged."""
+
+    step: Conditioning
+    info: UpdateInfo
+    noise: NoiseEstimate | None
+
+
+def condition(
+    output: Gaussian, target: Tensor, rule: OutputRule, noise_cov: Tensor, belief: NoiseBelief | None
+) -> Conditioned:
+    """Condition the outputs of rows on their targets; the arguments are those of ``update.increment``."""
+    if belief is None:
+        step = rule.condition(output, target, noise_cov)
+        return Conditioned(step, _describe(output, step, noise_cov, 1.0), None)
+    error = (target - output.mean.view_as(target)).cpu().numpy()
+    judged = belief.model.judge(error, output.cov.cpu().numpy(), belief.estimate)
+    step = _as_conditioning(output, target, judged)
+    return Conditioned(step, _describe(output, step, noise_cov, judged.weight), judged.estimate)
+
+
+def _as_conditioning(output: Gaussian, target: Tensor, judged: Judgement) -> Conditioning:
+    """A judgement in the form in which the output rules answer."""
+    mean_step, factor = (torch.from_numpy(array).to(target) for array in (judged.mean_step, judged.cov_factor))
+    innovation = target.flatten() - output.mean
+    nis, log_density = (torch.tensor(value, dtype=target.dtype) for value in (judged.nis, judged.log_density))
+    return Conditioning(mean_step, factor, -torch.ones_like(innovation), innovation, nis, log_density)
+
+
+def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, label_weight: float) -> UpdateInfo:
+    """The record of the update, as floats; the smallest variance is still to come."""
+    labels = step.innovation.numel()
+    epistemic = float(output.cov.trace()) / labels
+    return UpdateInfo(
+        innovation=math.sqrt(float(step.innovation @ step.innovation) / labels),
+        nis=float(step.nis),
+        epistemic_variance=epistemic,
+        predictive_variance=epistemic + float(noise_cov.trace()) / len(noise_cov),
+        smallest_variance=math.nan,
+        labels=labels,
+        label_weight=label_weight,
+        log_density=float(step.log_density),
+    )

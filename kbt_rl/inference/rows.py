@@ -1,0 +1,102 @@
+"""One row at a time: the update of ``update.increment``, with its arithmetic in machine code where there is some."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kbt_rl.inference.compiled import RowEngine, Units
+from kbt_rl.inference.conditioning import NoiseBelief, condition
+from kbt_rl.inference.density import scalar_log_density
+from kbt_rl.inference.moments import Gaussian
+from kbt_rl.inference.noise import NoiseEstimate
+from kbt_rl.inference.output import OutputRule
+from kbt_rl.inference.record import KEPT, Increment, UpdateInfo, check
+
+if TYPE_CHECKING:
+    from kbt_rl.inference.kernels import RowPass
+
+Array = npt.NDArray[np.float64]
+
+_DOWNDATE = np.array([-1.0])
+
+
+class RowStep(NamedTuple):
+    """An ``Increment`` as arrays, with the factor as ``V'`` of shape ``(q, P)``."""
+
+    mean_step: Array
+    factor: Array
+    signs: Array
+    info: UpdateInfo
+    noise: NoiseEstimate | None = None
+
+    def as_increment(self) -> Increment:
+        """The same as tensors on the same memory."""
+        mean_step, factor, signs = (torch.from_numpy(array) for array in self[:3])
+        return Increment(mean_step, factor.mT, signs, self.info, self.noise)
+
+
+def row_step(
+    engine: RowEngine,
+    features: Array,
+    target: Array,
+    rule: OutputRule,
+    noise_cov: Tensor,
+    belief: NoiseBelief | None = None,
+) -> RowStep:
+    """``increment`` for one row ``(d,)`` and its target ``(1, o)``, with the forward pass in machine code."""
+    row = engine.propagate(features)
+    if target.shape[1] == 1 and belief is not None:
+        return _judged_scalar_step(engine, row, float(target[0, 0]), belief)
+    output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
+    step, info, noise = condition(output, torch.from_numpy(target), rule, noise_cov, belief)
+    factor = np.ascontiguousarray(step.cov_factor.numpy())
+    moved, moves, total, smallest = engine.weight_step(row, step.mean_step.numpy(), factor, step.signs.numpy(), KEPT)
+    info = info._replace(smallest_variance=smallest)
+    check(total, info)
+    return RowStep(moved, moves, step.signs.numpy(), info, noise)
+
+
+def _judged_scalar_step(engine: RowEngine, row: RowPass, target: float, belief: NoiseBelief) -> RowStep:
+    """The rule ``measure`` for one row and one output with a noise that is learned or has heavy tails."""
+    estimate = belief.estimate
+    noise = float(estimate.cov[0, 0])
+    error, variance = target - float(row[0][0]), float(row[1][0, 0])
+    move, gained, weight, learned, labels = belief.model.judge_scalar(error, variance, noise, estimate.labels)
+    factor = np.array([[math.sqrt(gained)]])
+    moved, moves, total, smallest = engine.weight_step(row, np.array([move]), factor, _DOWNDATE, KEPT)
+    predictive = variance + noise
+    info = UpdateInfo(abs(error), error * error / predictive, variance, predictive, smallest, 1, weight)
+    check(total + learned, info)
+    info = info._replace(log_density=belief.model.log_density_scalar(error, variance, noise))
+    return RowStep(moved, moves, _DOWNDATE, info, NoiseEstimate(np.array([[learned]]), labels))
+
+
+def learn_row(
+    engine: RowEngine, units: Units, features: Array, label: float, noise: float, replacing: bool
+) -> UpdateInfo | None:
+    """A whole update by the rule ``measure`` or ``replace`` on one row and one output, in one call of machine code.
+
+    Args:
+        engine: Bound to the posterior.
+        units: See ``compiled.Units``.
+        features: ``(d,)``, float64, as they come from the encoder.
+        label: In the head's own units.
+        noise: Variance of the label.
+        replacing: Whether the rule is ``replace``.
+
+    Returns:
+        The record; None where the step must be refused: nothing has changed, and ``increment`` says why.
+    """
+    mean, variance, smallest, done = engine.learn(units, features, label, noise, replacing, KEPT)
+    if not done:
+        return None
+    innovation, predictive = label - mean, variance + noise
+    nis = innovation * innovation / predictive
+    density = scalar_log_density(nis, predictive)
+    return UpdateInfo(abs(innovation), nis, variance, predictive, smallest, 1, 1.0, density)
