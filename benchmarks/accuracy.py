@@ -19,7 +19,7 @@ import numpy.typing as npt
 from benchmarks.peers import Head, Peer, peers
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import lqr_gain
-from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED
+from kbt_rl.envs.plant import LABEL_BOX, SHIFTED
 from kbt_rl.experiments.learners import features_of
 from kbt_rl.experiments.simulation import expert_force
 from kbt_rl.inference.config import HeadConfig

@@ -14,8 +14,8 @@ from benchmarks.clock import Timing, in_turns
 from benchmarks.machine import limits, update_work
 from benchmarks.peers import STRUCTURES, JaxEKF
 from kbt_rl.agents.kbt import KBT
-from kbt_rl.agents.policies import TransformerPolicy
 from kbt_rl.agents.sample import Sample
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.experiments.learners import NOMINAL_ID
 from kbt_rl.inference.config import HeadConfig

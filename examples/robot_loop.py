@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from kbt_rl import KBT, LQRExpert, Sample
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
-from kbt_rl.envs.inverted_pendulum import SHIFTED, rk4_step
+from kbt_rl.envs.plant import SHIFTED, rk4_step
 
 Array = npt.NDArray[np.float64]
 

@@ -180,7 +180,7 @@ class Evaluate:
         """See the class."""
         import numpy as np
 
-        from kbt_rl.envs.inverted_pendulum import NOMINAL, SHIFTED
+        from kbt_rl.envs.plant import NOMINAL, SHIFTED
         from kbt_rl.experiments.learners import batch_force, snapshot
         from kbt_rl.experiments.simulation import expert_force, regret, simulate, starts
 
@@ -218,7 +218,7 @@ class Render:
 
     def run(self, console: Console) -> None:
         """See the class."""
-        from kbt_rl.envs.inverted_pendulum import NOMINAL, SHIFTED
+        from kbt_rl.envs.plant import NOMINAL, SHIFTED
         from kbt_rl.experiments.learners import batch_force, snapshot
         from kbt_rl.experiments.simulation import expert_force, starts
         from kbt_rl.experiments.video import render_policies

@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from kbt_rl import KBT, DecisionTransformerConfig, DecisionTransformerPolicy, LQRExpert, WarmStart
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.online import OnlineAlgorithm
-from kbt_rl.agents.policies import TransformerPolicy
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 
 NOMINAL = "kbt_rl/InvertedPendulum-v0"
 SHIFTED = "kbt_rl/ShiftedInvertedPendulum-v0"

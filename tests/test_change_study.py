@@ -11,7 +11,7 @@ from learners import kbt, pretrained
 from rich.console import Console
 
 from kbt_rl.agents.kbt import KBTInfo
-from kbt_rl.envs.inverted_pendulum import NOMINAL, SHIFTED
+from kbt_rl.envs.plant import NOMINAL, SHIFTED
 from kbt_rl.envs.schedule import PLANT_RANGES
 from kbt_rl.experiments import change_report
 from kbt_rl.experiments.change import DelayRow, FalseAlarmRow, SuccessRow, run_drift, run_shifts, run_stationary

@@ -17,7 +17,7 @@ from rich.console import Console
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
-from kbt_rl.envs.inverted_pendulum import NOMINAL, SHIFTED
+from kbt_rl.envs.plant import NOMINAL, SHIFTED
 from kbt_rl.experiments import learners, trials
 from kbt_rl.experiments.config import (
     FIRST_REPORTED_SEED,

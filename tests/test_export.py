@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from kbt_rl import KBT, HeadConfig, Sample
 from kbt_rl.agents.export import FORMAT_VERSION, load_safetensors, save_safetensors
-from kbt_rl.agents.policies import DecisionTransformerPolicy, TransformerPolicy
+from kbt_rl.agents.policies import DecisionTransformerPolicy
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 
 
 def learned() -> KBT:

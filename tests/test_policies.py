@@ -15,7 +15,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from kbt_rl import DecisionTransformerPolicy, HeadConfig
-from kbt_rl.agents.policies import TransformerPolicy
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 
 BOTH = pytest.mark.parametrize("kind", [TransformerPolicy, DecisionTransformerPolicy])
 FLAT = spaces.Box(-1.0, 1.0, (4,), dtype=np.float32)

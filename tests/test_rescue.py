@@ -12,7 +12,7 @@ from torch import nn
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
-from kbt_rl.envs.inverted_pendulum import SHIFTED
+from kbt_rl.envs.plant import SHIFTED
 from kbt_rl.experiments.config import KBT_METHOD, Method, warm_start_method
 from kbt_rl.experiments.ekf import EKFHead
 from kbt_rl.experiments.fleet import HeadFleet, HoldLabel, make_fleet

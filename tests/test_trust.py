@@ -17,7 +17,7 @@ from scipy import stats
 
 from kbt_rl import Sample
 from kbt_rl.commands.trust import Trust
-from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED, is_upright, rk4_step
+from kbt_rl.envs.plant import LABEL_BOX, SHIFTED, is_upright, rk4_step
 from kbt_rl.experiments import learners as shared
 from kbt_rl.experiments import trust as study
 from kbt_rl.experiments.figures_trust import calibration_figure

@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.linear_model import LinearModelPosterior, continuous_model, pendulum_prior
 from kbt_rl.agents.lqr import LQRExpert, _check_force_cost, _check_state_cost
-from kbt_rl.envs.inverted_pendulum import DT, FloatArray
+from kbt_rl.envs.plant import DT, FloatArray
 
 logger = logging.getLogger("kbt_rl")
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import expm
 
-from kbt_rl.envs.inverted_pendulum import DT, FloatArray, InvertedPendulumParams, linearize
+from kbt_rl.envs.plant import DT, FloatArray, InvertedPendulumParams, linearize
 
 # Terms of the series of the matrix logarithm: enough for modes of up to 30 per second at 50 Hz.
 _LOGARITHM_TERMS = 12

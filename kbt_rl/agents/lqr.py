@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.levels import ForceLevels
-from kbt_rl.envs.inverted_pendulum import FloatArray, InvertedPendulumParams, linearize
+from kbt_rl.envs.plant import FloatArray, InvertedPendulumParams, linearize
 
 AnyEnv = gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
 Params = tuple[InvertedPendulumParams, ...]

@@ -31,8 +31,9 @@ from kbt_rl.agents import behaviour_cloning as cloning
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
 from kbt_rl.agents.experts import Expert, as_labeller, env_attribute, force_levels, max_force
 from kbt_rl.agents.files import replacing
-from kbt_rl.agents.policies import DecisionTransformerPolicy, TransformerPolicy
+from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled_rows
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.models.context import ContextWindow
 
 Self = TypeVar("Self", bound="OnlineAlgorithm")

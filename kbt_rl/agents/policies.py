@@ -1,29 +1,23 @@
-"""SB3 policies around the decision transformer: a plain one, and one whose last layer is a Gaussian posterior.
-
-Both carry their context through the ``state`` argument of ``predict`` and keep nothing of an episode on ``self``.
-"""
+"""The SB3 policy whose last layer is a Gaussian posterior: means, samples, uncertainty, and a fallback beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
 from kbt_rl.agents import posteriors as several
-from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback
+from kbt_rl.agents.transformer_policy import TransformerPolicy, drawn
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.models.context import ContextWindow, advance_window, start_window
-from kbt_rl.models.context import with_action as with_remembered
-from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
+from kbt_rl.models.context import ContextWindow
+from kbt_rl.models.decision_transformer import DecisionTransformerConfig
 
 Sampling = Literal["epistemic", "predictive"]
 Array = npt.NDArray[Any]
@@ -46,198 +40,6 @@ class ActionMoments(NamedTuple):
     mean: Array
     epistemic: Array
     aleatoric: Array
-
-
-class TransformerPolicy(BasePolicy):
-    """A decision transformer as an SB3 policy; the baseline acts with it.
-
-    Args:
-        observation_space: A flat, finite ``Box``.
-        action_space: A flat ``Box``, or ``Discrete``, whose actions the transformer gives logits of.
-        lr_schedule: Ignored; SB3 passes it to every policy.
-        transformer: Size and context.
-        observation_scale: What observations are divided by, ``(observation size,)``; 1 if None.
-
-    Attributes:
-        fallback: Who acts where the policy is too uncertain; None here, see ``DecisionTransformerPolicy``.
-    """
-
-    fallback: Fallback | None = None
-
-    def __init__(
-        self,
-        observation_space: spaces.Box,
-        action_space: spaces.Box | spaces.Discrete,
-        lr_schedule: Schedule | None = None,
-        *,
-        transformer: DecisionTransformerConfig | None = None,
-        observation_scale: npt.ArrayLike | None = None,
-        **unknown: Any,
-    ) -> None:
-        _check_keywords(type(self).__name__, unknown)
-        _check_box("observation space", observation_space)
-        self.actions = action_format(action_space)
-        super().__init__(observation_space, action_space)
-        self.observation_size = observation_space.shape[0]
-        self.action_size = self.actions.size
-        self.transformer_config = DecisionTransformerConfig() if transformer is None else transformer
-        self.transformer = DecisionTransformer(self.observation_size, self.action_size, self.transformer_config)
-        self._given_scale = None if observation_scale is None else np.asarray(observation_scale, dtype=np.float32)
-        if self._given_scale is not None:
-            if self._given_scale.shape != (self.observation_size,) or not (self._given_scale > 0).all():
-                raise ValueError(
-                    f"observation_scale is {self._given_scale}; expected {self.observation_size} positive numbers"
-                )
-            self.transformer.observation_scale.copy_(torch.from_numpy(self._given_scale))
-        self.set_training_mode(False)  # torch's encoder rounds differently in training mode
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {
-            "observation_space": self.observation_space,
-            "action_space": self.action_space,
-            "transformer": self.transformer_config,
-            "observation_scale": self._given_scale,
-        }
-
-    def start(self, observations: Array) -> ContextWindow:
-        """Contexts of episodes that start with ``observations``, ``(n, observation size)``."""
-        observations = self.check_observations(observations)
-        return start_window(observations, self.transformer_config.context_length, self.action_size)
-
-    def advance(
-        self, context: ContextWindow, observations: Array, episode_start: npt.NDArray[np.bool_]
-    ) -> ContextWindow:
-        """Contexts one step on; rows where ``episode_start`` is set begin anew."""
-        self.check_context(context)
-        return advance_window(context, self.check_observations(observations), episode_start)
-
-    def encode(self, context: ContextWindow) -> Tensor:
-        """Features of the newest step of each context, ``(n, width)``: T1 of the paper, without gradient."""
-        with torch.inference_mode():
-            like = self.transformer.observation_scale  # the encoder may be cast, by .half() for one
-            observations, actions = (torch.from_numpy(array).to(like) for array in context[:2])
-            timesteps = torch.from_numpy(context.timesteps).to(like.device)
-            return self.transformer.encode(observations, actions, timesteps)[:, -1]
-
-    def act(self, features: Tensor) -> Array:
-        """Mean actions for encoded contexts, ``(n, action size)``, unclipped float64; or probabilities."""
-        with torch.inference_mode():
-            scaled = self.transformer.linear(features) * self.transformer.action_scale
-            actions: Array = self.actions.mean(scaled.double()).cpu().numpy()
-            return actions
-
-    def sample_actions(self, features: Tensor) -> Array:
-        """What to act on when ``deterministic=False``: one-hot draws of discrete actions, else the mean once more."""
-        means = self.act(features)
-        return means if self.actions.link == "identity" else _drawn(torch.from_numpy(means))
-
-    def choose(self, context: ContextWindow, features: Tensor, deterministic: bool = True) -> Choice:
-        """Actions of the environment in contexts that ``encode`` made ``features`` of, by whoever may act in each.
-
-        Args:
-            context: ``(n, ...)``, as ``start`` and ``advance`` return them.
-            features: ``(n, width)``.
-            deterministic: The mean if set, or the most probable of discrete actions; else a sample.
-        """
-        means = self.act(features) if deterministic else self.sample_actions(features)
-        return Choice(self.clip(means), np.zeros(len(means), dtype=bool))
-
-    def predict(
-        self,
-        observation: Array | dict[str, Array],
-        state: tuple[Array, ...] | None = None,
-        episode_start: Array | None = None,
-        deterministic: bool = False,
-    ) -> tuple[Array, tuple[Array, ...] | None]:
-        """Actions for observations, as SB3's recurrent policies do it.
-
-        Args:
-            observation: ``(observation size,)`` or ``(n, observation size)``.
-            state: What the previous call returned; None at the start.
-            episode_start: Rows whose episode begins with this observation, ``(n,)``; None for none.
-            deterministic: The mean, or the most probable of discrete actions, if set; else a sample.
-
-        Returns:
-            Actions inside the action space, and the contexts that belong to them, a ``ContextWindow``.
-
-        Raises:
-            ValueError: An observation of the wrong shape, not finite or outside its space, or a state of another size.
-        """
-        if isinstance(observation, dict):
-            raise ValueError("this policy takes flat observations; wrap the environment in FlattenObservation")
-        self.set_training_mode(False)
-        array = np.asarray(observation)
-        batched = array[np.newaxis] if array.ndim == 1 else array
-        if state is None:
-            context = self.start(batched)
-        else:
-            starts = np.zeros(len(batched), dtype=bool) if episode_start is None else np.asarray(episode_start, bool)
-            context = self.advance(_as_window(state), batched, np.atleast_1d(starts))
-        actions = self.choose(context, self.encode(context), deterministic).actions
-        context = self.with_action(context, actions)
-        return (actions[0] if array.ndim == 1 else actions), context
-
-    def clip(self, actions: Array) -> Array:
-        """Means as actions of the space: cut to a ``Box``, in its dtype; the most probable of discrete ones."""
-        return self.actions.decide(actions)
-
-    def with_action(self, context: ContextWindow, actions: Array) -> ContextWindow:
-        """The same context with the newest actions of the environment filled in."""
-        return with_remembered(context, self.actions.remember(actions))
-
-    def check_observations(self, observations: Array) -> Array:
-        """Observations as ``(n, observation size)`` float32, or an error that says what came."""
-        space = self.observation_space
-        assert isinstance(space, spaces.Box)
-        array = np.asarray(observations, dtype=np.float32)
-        if array.ndim != 2 or array.shape[1] != self.observation_size:
-            raise ValueError(f"observations have shape {array.shape}; expected (n, {self.observation_size})")
-        if not ((array >= space.low) & (array <= space.high)).all():  # NaN fails the comparison too
-            row = int(np.flatnonzero(~((array >= space.low) & (array <= space.high)).all(axis=1))[0])
-            raise ValueError(
-                f"observation {array[row]} (row {row}) is not finite or outside the observation space "
-                f"[{space.low}, {space.high}]; check the sensor, or widen the space"
-            )
-        return array
-
-    def check_context(self, context: ContextWindow) -> None:
-        """Raise ValueError unless the context has the shape of this policy's."""
-        length = self.transformer_config.context_length
-        for name, size in (("observations", self.observation_size), ("actions", self.action_size)):
-            found = getattr(context, name).shape
-            if found[1:] != (length, size):
-                raise ValueError(f"the context's {name} have shape {found}; expected (n, {length}, {size})")
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take over saved weights and buffers, all or none.
-
-        Raises:
-            RuntimeError: They are of another architecture or dtype; nothing has changed.
-        """
-        for name, own in self.state_dict().items():
-            loaded = state_dict.get(name, own)
-            if loaded.shape != own.shape:
-                raise RuntimeError(
-                    f"{name} has shape {tuple(loaded.shape)} in the checkpoint and {tuple(own.shape)} in this policy, "
-                    "which has another architecture; see policy_kwargs"
-                )
-            if loaded.dtype != own.dtype and own.dtype == torch.float64:
-                raise RuntimeError(
-                    f"{name} is {loaded.dtype} in the checkpoint; a posterior that was cast is of no use"
-                )
-        names = self.state_dict().keys()
-        if strict and names != state_dict.keys():
-            raise RuntimeError(
-                f"the checkpoint is of another architecture: it lacks {sorted(names - state_dict.keys())} and has "
-                f"{sorted(state_dict.keys() - names)} besides"
-            )
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-        assert isinstance(observation, Tensor)
-        context = self.start(observation.cpu().numpy())
-        actions = self.choose(context, self.encode(context), deterministic).actions
-        return torch.as_tensor(actions, device=self.device)
 
 
 class DecisionTransformerPolicy(TransformerPolicy):
@@ -382,7 +184,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
         if self.actions.link == "softmax":
             logits = several.logits(self.heads, features)
             sampled = torch.softmax(_gaussian_sample(logits.mean, logits.cov), dim=-1)
-            return _drawn(sampled) if self.sampling == "predictive" else sampled.cpu().numpy()
+            return drawn(sampled) if self.sampling == "predictive" else sampled.cpu().numpy()
         prediction = several.predict(self.heads, features)
         cov = prediction.epistemic
         if self.sampling == "predictive":
@@ -453,31 +255,3 @@ def _gaussian_sample(mean: Tensor, cov: Tensor) -> Tensor:
     noise = torch.randn(mean.shape, dtype=torch.float64).to(root.device)
     sample: Tensor = mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
     return sample
-
-
-def _drawn(probabilities: Tensor) -> Array:
-    """One-hot rows ``(n, size)`` of actions drawn with these probabilities."""
-    classes = torch.multinomial(probabilities, 1).squeeze(-1)
-    drawn: Array = torch.nn.functional.one_hot(classes, probabilities.shape[-1]).double().cpu().numpy()
-    return drawn
-
-
-def _as_window(state: tuple[Array, ...]) -> ContextWindow:
-    if len(state) != len(ContextWindow._fields):
-        raise ValueError(f"state has {len(state)} arrays; expected the ContextWindow that predict returned")
-    return ContextWindow(*state)
-
-
-def _check_keywords(policy: str, unknown: dict[str, Any]) -> None:
-    if "use_sde" in unknown:  # what PPO and A2C pass to every policy
-        raise TypeError(
-            f"{policy} has no value function and no log-probabilities, which PPO and A2C need; use it with KBT or "
-            "WarmStart, and an ActorCriticPolicy with them"
-        )
-    if unknown:
-        raise TypeError(f"{policy} takes no argument {', '.join(map(repr, unknown))}")
-
-
-def _check_box(name: str, space: spaces.Space[Any]) -> None:
-    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-        raise ValueError(f"the {name} is {space}; this policy needs a Box with one axis (see FlattenObservation)")

@@ -6,7 +6,8 @@ from kbt_rl.envs.discrete import (
     DiscreteInvertedPendulumEnv,
     DiscreteInvertedPendulumVectorEnv,
 )
-from kbt_rl.envs.inverted_pendulum import (
+from kbt_rl.envs.inverted_pendulum import InvertedPendulumEnv
+from kbt_rl.envs.plant import (
     DT,
     LABEL_BOX,
     NOMINAL,
@@ -14,7 +15,6 @@ from kbt_rl.envs.inverted_pendulum import (
     SETTLED_BOX,
     SHIFTED,
     START_BOX,
-    InvertedPendulumEnv,
     InvertedPendulumParams,
     dynamics,
     is_settled,

@@ -17,7 +17,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from kbt_rl.envs.inverted_pendulum import NOMINAL, FloatArray, InvertedPendulumEnv
+from kbt_rl.envs.inverted_pendulum import InvertedPendulumEnv
+from kbt_rl.envs.plant import NOMINAL, FloatArray
 from kbt_rl.envs.vector import InvertedPendulumVectorEnv, Parameter
 
 FIVE_FORCES = (-15.0, -2.0, 0.0, 2.0, 15.0)

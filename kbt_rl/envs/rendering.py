@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from kbt_rl.envs.inverted_pendulum import FloatArray, InvertedPendulumParams
+    from kbt_rl.envs.plant import FloatArray, InvertedPendulumParams
 
 WIDTH, HEIGHT = 800, 480
 PIXELS_PER_METRE = 34
@@ -59,7 +59,7 @@ def draw(
     Returns:
         The picture, ``(480, 800, 3)``.
     """
-    from kbt_rl.envs.inverted_pendulum import is_settled, is_upright
+    from kbt_rl.envs.plant import is_settled, is_upright
 
     state = np.asarray(state, dtype=np.float64)
     failed = not is_upright(state) if fallen is None else fallen

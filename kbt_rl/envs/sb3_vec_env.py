@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from kbt_rl.envs.discrete import DiscreteInvertedPendulumVectorEnv
-from kbt_rl.envs.inverted_pendulum import InvertedPendulumParams
+from kbt_rl.envs.plant import InvertedPendulumParams
 from kbt_rl.envs.vector import InvertedPendulumVectorEnv
 
 _VECTOR_FORMS = {

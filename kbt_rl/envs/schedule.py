@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
-from kbt_rl.envs.inverted_pendulum import InvertedPendulumParams
+from kbt_rl.envs.plant import InvertedPendulumParams
 
 Array = npt.NDArray[Any]
 Env = gym.Env[Array, Array]

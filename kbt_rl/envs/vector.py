@@ -14,7 +14,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from kbt_rl.envs.inverted_pendulum import (
+from kbt_rl.envs.inverted_pendulum import check_action, check_render_mode, check_start, sample_start, symmetric_box
+from kbt_rl.envs.plant import (
     DT,
     LABEL_BOX,
     NOMINAL,
@@ -24,16 +25,11 @@ from kbt_rl.envs.inverted_pendulum import (
     InvertedPendulumParams,
     Observation,
     PlantArrays,
-    check_action,
-    check_render_mode,
-    check_start,
     has_ended,
     is_settled,
     observe,
     rk4_step,
-    sample_start,
     stage_cost,
-    symmetric_box,
 )
 
 Parameter = float | FloatArray | Sequence[float]

@@ -13,7 +13,7 @@ import numpy as np
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
 from kbt_rl.callbacks.adaptation import ReopenOnDetection
-from kbt_rl.envs.inverted_pendulum import NOMINAL, SHIFTED
+from kbt_rl.envs.plant import NOMINAL, SHIFTED
 from kbt_rl.experiments.change_setup import (
     EXPERT,
     FALSE_ALARM_RATE,

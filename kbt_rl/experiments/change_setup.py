@@ -15,10 +15,10 @@ import torch
 
 from kbt_rl.agents.kbt import KBT, KBTInfo
 from kbt_rl.agents.lqr import lqr_gain
-from kbt_rl.agents.policies import TransformerPolicy
 from kbt_rl.agents.sample import Sample
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.callbacks.adaptation import AdaptationStrategy, Forgetting, ProcessNoise, ReopenOnDetection, TowardsPrior
-from kbt_rl.envs.inverted_pendulum import LABEL_BOX, NOMINAL, SHIFTED, InvertedPendulumParams
+from kbt_rl.envs.plant import LABEL_BOX, NOMINAL, SHIFTED, InvertedPendulumParams
 from kbt_rl.envs.schedule import PLANT_RANGES, reflected
 from kbt_rl.experiments.config import KBT_METHOD
 from kbt_rl.experiments.learners import build, features_of

@@ -21,11 +21,12 @@ from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import LQRExpert
 from kbt_rl.agents.online import OnlineAlgorithm
-from kbt_rl.agents.policies import DISCRETE_HEAD, TransformerPolicy
+from kbt_rl.agents.policies import DISCRETE_HEAD
 from kbt_rl.agents.sample import Sample
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.envs.discrete import FIVE_FORCES, TWO_FORCES
-from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED
+from kbt_rl.envs.plant import LABEL_BOX, SHIFTED
 from kbt_rl.experiments.aggregate import curve, methods_of
 from kbt_rl.experiments.config import digest
 from kbt_rl.experiments.simulation import Force, simulate, starts

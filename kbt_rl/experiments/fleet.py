@@ -16,7 +16,7 @@ import torch
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.warm_start import WarmStart
-from kbt_rl.envs.inverted_pendulum import InvertedPendulumParams
+from kbt_rl.envs.plant import InvertedPendulumParams
 from kbt_rl.experiments.config import Method
 from kbt_rl.experiments.ekf import EKFHead
 from kbt_rl.experiments.learners import batch_force, build, features_of, snapshot

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kbt_rl.agents.kbt import KBT
-from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED, is_upright, rk4_step
+from kbt_rl.envs.plant import LABEL_BOX, SHIFTED, is_upright, rk4_step
 from kbt_rl.experiments.config import Method
 from kbt_rl.experiments.fleet import Fleet, HeadFleet, make_fleet
 from kbt_rl.experiments.rescue import label_free_score

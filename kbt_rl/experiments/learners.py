@@ -18,9 +18,9 @@ from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import LQRExpert
 from kbt_rl.agents.online import OnlineAlgorithm
-from kbt_rl.agents.policies import TransformerPolicy
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.agents.warm_start import WarmStart
-from kbt_rl.envs.inverted_pendulum import LABEL_BOX, SHIFTED
+from kbt_rl.envs.plant import LABEL_BOX, SHIFTED
 from kbt_rl.experiments.config import Method, Trial
 from kbt_rl.experiments.one_token import StackedTransformers
 from kbt_rl.experiments.printed import PrintedKBT

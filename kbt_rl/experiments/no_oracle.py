@@ -21,7 +21,7 @@ from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.identification import SelfTuningLQR
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import LQRExpert, lqr_gain
-from kbt_rl.envs.inverted_pendulum import DT, LABEL_BOX, SHIFTED, is_settled, is_upright, rk4_step
+from kbt_rl.envs.plant import DT, LABEL_BOX, SHIFTED, is_settled, is_upright, rk4_step
 from kbt_rl.experiments.config import KBT_METHOD, PRETRAINING, digest
 from kbt_rl.experiments.learners import NOMINAL_ID, batch_force, build, features_of, pretrain
 from kbt_rl.experiments.runner import versions, write_json

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
-from kbt_rl.envs.inverted_pendulum import SHIFTED
+from kbt_rl.envs.plant import SHIFTED
 from kbt_rl.experiments import learners
 from kbt_rl.experiments.aggregate import estimate
 from kbt_rl.experiments.config import FIRST_REPORTED_SEED, KBT_METHOD, NOISE_VARIANCES, PRETRAINING, Method, Trial

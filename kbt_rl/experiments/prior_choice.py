@@ -29,7 +29,7 @@ from kbt_rl.agents.prior_choice import (
     prior_grid,
 )
 from kbt_rl.agents.sample import Sample
-from kbt_rl.envs.inverted_pendulum import SHIFTED, InvertedPendulumParams
+from kbt_rl.envs.plant import SHIFTED, InvertedPendulumParams
 from kbt_rl.experiments import learners
 from kbt_rl.experiments.aggregate import estimate
 from kbt_rl.experiments.change_setup import ChangeConfig, draw_plants, labelled

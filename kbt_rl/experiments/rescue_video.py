@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from kbt_rl.envs.inverted_pendulum import DT, SHIFTED, is_upright
+from kbt_rl.envs.plant import DT, SHIFTED, is_upright
 from kbt_rl.experiments.config import PRETRAINING, digest, tuned, warm_start_method
 from kbt_rl.experiments.fleet import make_fleet
 from kbt_rl.experiments.learners import pretrain

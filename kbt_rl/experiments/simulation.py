@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kbt_rl.agents.lqr import lqr_gain
-from kbt_rl.envs.inverted_pendulum import (
+from kbt_rl.envs.plant import (
     DT,
     NOMINAL,
     START_BOX,

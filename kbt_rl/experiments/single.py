@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kbt_rl.agents.kbt import KBT
-from kbt_rl.envs.inverted_pendulum import LABEL_BOX
+from kbt_rl.envs.plant import LABEL_BOX
 from kbt_rl.experiments.learners import features_of
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead

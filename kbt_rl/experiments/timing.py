@@ -16,8 +16,8 @@ import torch
 
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.online import OnlineAlgorithm
-from kbt_rl.agents.policies import TransformerPolicy
 from kbt_rl.agents.sample import Sample
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.experiments.config import Method, Trial
 from kbt_rl.experiments.learners import LabelStream, build
 from kbt_rl.experiments.printed import PrintedKBT

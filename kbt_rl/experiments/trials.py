@@ -13,7 +13,7 @@ import torch
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import Sample
-from kbt_rl.envs.inverted_pendulum import SHIFTED, is_upright, rk4_step
+from kbt_rl.envs.plant import SHIFTED, is_upright, rk4_step
 from kbt_rl.experiments import learners
 from kbt_rl.experiments.config import Trial, digest
 from kbt_rl.experiments.learners import LabelStream, build

@@ -21,7 +21,7 @@ from scipy.stats import chi2
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
-from kbt_rl.envs.inverted_pendulum import SHIFTED, is_upright
+from kbt_rl.envs.plant import SHIFTED, is_upright
 from kbt_rl.experiments import learners
 from kbt_rl.experiments.aggregate import estimate
 from kbt_rl.experiments.config import FIRST_REPORTED_SEED, KBT_METHOD, PRETRAINING, Method, Trial

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from kbt_rl.envs.inverted_pendulum import DT, InvertedPendulumParams, check_start, is_upright, rk4_step
+from kbt_rl.envs.inverted_pendulum import check_start
+from kbt_rl.envs.plant import DT, InvertedPendulumParams, is_upright, rk4_step
 from kbt_rl.experiments.simulation import Force
 
 Frame = npt.NDArray[np.uint8]
