@@ -7,7 +7,6 @@ the very samples it learns from, by the sum of one-step-ahead log predictive den
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,17 +18,16 @@ import numpy.typing as npt
 from benchmarks.peers import Head, Peer, peers
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import lqr_gain
+from kbt_rl.agents.prior_choice import prior_grid
 from kbt_rl.envs.plant import LABEL_BOX, SHIFTED
 from kbt_rl.experiments.learners import features_of
 from kbt_rl.experiments.simulation import expert_force
 from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.evidence import sequential_log_density
 
 Array = npt.NDArray[np.float64]
 
-CANDIDATES = tuple(
-    HeadConfig(hidden_variance=hidden, last_variance=last, rho=rho)
-    for hidden, last, rho in itertools.product((1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2), (0.1, 1.0), (0.0, 0.9))
-)
+CANDIDATES = prior_grid(hidden=(1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2), last=(0.1, 1.0), rhos=(0.0, 0.9))
 _INTERVAL = 1.959964
 
 
@@ -98,11 +96,8 @@ def pendulum(model: KBT, seed: int, samples: int = 400, held_out: int = 1_000, n
 def one_step_density(task: Task, config: HeadConfig) -> float:
     """Sum of the log predictive densities of each label before it was learned."""
     head = Head(task.features.shape[1], task.noise, config).head
-    total = 0.0
-    for row, label in zip(task.features, task.labels, strict=True):
-        info = head.update(row[None], np.array([[label]]))
-        total -= 0.5 * (math.log(2.0 * math.pi * info.predictive_variance) + info.nis)
-    return total
+    rows = (len(task.labels), 1, -1)
+    return sequential_log_density(head, zip(task.features.reshape(rows), task.labels.reshape(rows), strict=True))
 
 
 def choose(task: Task, candidates: Sequence[HeadConfig] = CANDIDATES) -> HeadConfig:

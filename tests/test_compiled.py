@@ -159,6 +159,49 @@ def test_acting_equals_the_mean_of_the_view_and_of_the_moments(structure: str, o
     torch.testing.assert_close(head(features), head.predict(features).mean, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.usefixtures("_block_rows")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_predictions_equal_the_definition_after_each_update(
+    structure: str, layers: int, outputs: int, rows: int
+) -> None:
+    config = HeadConfig(structure=structure, layers=layers, noise_variance=0.05, hidden_variance=0.1)
+    scales = {"feature_mean": randn(5, seed=1), "feature_scale": randn(5, seed=2).abs() + 0.5}
+    target_scale = torch.linspace(2.0, 3.0, outputs, dtype=torch.float64)
+    head = BayesianHead.from_linear(nn.Linear(5, outputs), config, **scales, target_scale=target_scale)
+    features, square = randn(rows, 5, seed=6), target_scale.unsqueeze(-1) * target_scale
+    for row, label in zip(randn(6, 1, 5, seed=3), randn(6, 1, outputs, seed=4), strict=True):
+        head.update(row, label)
+        expected = update.predict_logits(general(head.state), head.standardise(features))
+        for _ in range(2):  # the second one by what the first has prepared
+            logits, prediction = head.predict_logits(features), head.predict(features)
+            torch.testing.assert_close(logits.mean, expected.mean, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(logits.cov, expected.cov, rtol=1e-9, atol=1e-13)
+            torch.testing.assert_close(prediction.mean, expected.mean * target_scale, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(prediction.epistemic, expected.cov * square, rtol=1e-9, atol=1e-13)
+            assert torch.equal(prediction.aleatoric[0], head.noise_cov * square)
+
+
+@pytest.mark.parametrize("change", ["reopen", "reset", "load"])
+def test_a_prediction_notices_every_change_of_the_posterior(change: str) -> None:
+    head = BayesianHead.from_linear(nn.Linear(5, 1), HeadConfig(noise_variance=0.1))
+    fresh, probe = copy.deepcopy(head), randn(1, 5, seed=1)
+    for row, label in zip(randn(6, 1, 5, seed=3), randn(6, 1, 1, seed=4), strict=True):
+        head.update(row, label)
+    learned = head.predict(probe).epistemic
+    if change == "reopen":
+        head.reopen()
+    elif change == "reset":
+        head.reset(randn(1, 5, seed=7), randn(1, seed=8))
+    else:
+        head.load_state_dict(fresh.state_dict())
+    assert not torch.allclose(head.predict(probe).epistemic, learned, rtol=1e-3)
+    expected = update.predict_logits(general(head.state), head.standardise(probe)).cov
+    torch.testing.assert_close(head.predict(probe).epistemic, expected, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
 def test_a_copy_moves_on_its_own(duplicate: Any) -> None:
     head = BayesianHead.from_linear(nn.Linear(5, 1))

@@ -67,7 +67,7 @@ def test_it_is_the_gaussian_density_of_the_labels(
     if not machine_code:
         monkeypatch.setattr(compiled, "kernels", lambda: None)
     elif compiled.kernels() is None:
-        pytest.skip("needs numba")
+        pytest.skip('needs numba: pip install "kbt_rl[fast]"')
     if rule == "replace" and rows * outputs > 3:
         rows = 2  # the covariance of the outputs, which it inverts, is then well-conditioned
     head = make_head(outputs, structure=structure, rule=rule, layers=layers)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 # Mean and scale of the features, (d,) each, and the counter of labels, (1,).
 Units = tuple[Array, Array, Array]
+# A covariance with more entries, 16 MB, has no form of its own for predictions: a head of some 2,000 weights.
+_LARGEST_FORM = 2**21
 _NOTHING, _NO_COUPLING = np.empty((0, 0)), np.empty((0, 0, 0))
 
 
@@ -63,6 +65,9 @@ class RowEngine:
         two_dense = spec.structure in ("joint", "layer") and layers == 2
         self._workspace = np.empty((spec.shapes[0].n, columns) if two_dense else (0, 0))
         self.propagates = spec.plain_moments
+        self._has_form = two_dense and sum(block.size for block in cov) <= _LARGEST_FORM
+        self._form = _NOTHING
+        self._form_version = -1
 
     def propagate(self, features: Array) -> RowPass:
         """The forward pass of one row ``(d,)``, float64, see ``kernels.RowPass``."""
@@ -70,6 +75,30 @@ class RowEngine:
         with _plain_interrupts:
             result = self._code.propagate(*self._posterior, self._workspace, features, self._outputs)
         return result
+
+    def predict(self, centre: Array, scale: Array, outputs: Array, rows: Array) -> tuple[Array, Array]:
+        """Mean ``(N, o)`` and covariance ``(N, o, o)`` of the output for rows ``(N, d)``, float64, one by one.
+
+        A dense covariance is halved to what predictions need of it, once after each change of the posterior. That
+        takes as long as one forward pass, and a prediction by it a quarter.
+
+        Args:
+            centre: Mean of the features, ``(d,)``.
+            scale: Their scale, ``(d,)``.
+            outputs: What the outputs are multiplied by, ``(o,)``.
+            rows: As they come from the encoder.
+        """
+        moments: tuple[Array, Array]
+        with _plain_interrupts:
+            if self._has_form and self._form_version != self._counter._version:
+                (n, k, per_row), _ = self._posterior[-1]
+                if not self._form.size:
+                    self._form = np.empty((n * (n + 1) // 2, k * (k + 1) // 2))
+                self._form_version = -1
+                self._code.pair_form(self._posterior[2], n, k, per_row, self._form)
+                self._form_version = self._counter._version
+            moments = self._code.predict(*self._posterior, self._workspace, self._form, centre, scale, outputs, rows)
+        return moments
 
     def weight_step(
         self, row: RowPass, mean_step: Array, factor: Array, signs: Array, kept: float
@@ -118,7 +147,7 @@ class RowEngine:
 
 
 class RowActor:
-    """``acting.view_mean`` of a two-layer view for one row at a time, in machine code."""
+    """``acting.view_mean`` of a two-layer view for rows one by one, in machine code."""
 
     def __init__(self, view: ActingView, code: ModuleType) -> None:
         assert view.hidden_form is not None
@@ -128,8 +157,10 @@ class RowActor:
 
     def __call__(self, centre: Array, scale: Array, rows: Array) -> Array:
         """Mean logits ``(N, o)`` for features ``(N, d)`` as they come from the encoder, whose units are given."""
+        means: Array
         with _plain_interrupts:
-            return np.stack([self._code.act(*self._view, centre, scale, row) for row in rows])
+            means = self._code.act(*self._view, centre, scale, rows)
+        return means
 
 
 class _PlainInterrupts:

@@ -111,23 +111,30 @@ class BayesianHead(Posterior):
         rows = memory.take(features).astype(np.float64, copy=False)
         return torch.from_numpy(actor(memory.centre, memory.scale, rows))
 
-    @torch.no_grad()
     def predict(self, features: Tensor) -> Prediction:
         """Distribution of the target for each row of ``features``, ``(N, d)``."""
-        with self._lock:
-            logits, noise_cov = self.predict_logits(features), self.noise_cov.clone()
         if self.rule.link == "softmax":
+            logits = self.predict_logits(features)
             moments = softmax_moments(logits)
             return Prediction(moments.mean, moments.cov, softmax_jacobian(moments.mean))
-        square = self._target_square()
-        aleatoric = (noise_cov * square).expand_as(logits.cov)
-        return Prediction(logits.mean * self.target_scale, logits.cov * square, aleatoric)
+        memory = self._memory()
+        with self._lock:
+            mean, epistemic = self._moments(features, memory.outputs)
+            aleatoric = memory.noise_of_target()
+        return Prediction(mean, epistemic, aleatoric.expand_as(epistemic))
 
-    @torch.no_grad()
     def predict_logits(self, features: Tensor) -> Gaussian:
         """Distribution of the last layer's output for each row, before the link and in units of ``target_scale``."""
-        with self._lock:
-            return functional.predict_logits(self.state, self.standardise(features))
+        return self._moments(features, self._memory().ones)
+
+    def _moments(self, features: Tensor, outputs: Any) -> Gaussian:
+        """Distribution of the last layer's output, times ``outputs`` ``(o,)``, by the shortest way."""
+        with self._lock, torch.no_grad():
+            found = self._memory().predict(features, outputs)
+            if found is not None:
+                return found
+            logits, scale = functional.predict_logits(self.state, self.standardise(features)), torch.as_tensor(outputs)
+            return Gaussian(logits.mean * scale, logits.cov * (scale.unsqueeze(-1) * scale))
 
     @torch.no_grad()
     def view(self) -> ActingView:

@@ -223,22 +223,43 @@ def _two_layers_dense(
     for r in range(between.shape[0]):
         _row_dots(between[r], inputs, n, projection, hidden + r)
         _axpy(cross[r // (n + 1), :hidden], activation[r % (n + 1)], between[r])
-    _project_triangle(last, activation, o, per_row_last, cross, hidden, variances)
-    out_mean = _matvec(weights, activation)
-    out_cov = _logits_cov(cross, activation, hidden)
-    _add_input_part(out_cov, weights, last, z_cov, per_row_last)
-    if coupled:
-        for q in range(n):  # Cov(w^2, z), by Stein's lemma
-            for r in range(hidden, mean.size):
-                projection[q, r] *= slope[q]
-        _add_coupled_part(out_mean, out_cov, weights, projection[:, hidden:], activation)
-        for j in range(o):
-            for q in range(n):
-                _axpy(cross[j, hidden:], weights[j, q], projection[q, hidden:])
+    shared = projection[:, hidden:]
+    _slope_rows(shared, slope)
+    out_mean, out_cov = _outputs(weights, last, per_row_last, activation, z_cov, shared, cross, hidden, variances)
     for j in range(o):
         for q in range(n):
+            if coupled:
+                _axpy(cross[j, hidden:], weights[j, q], shared[q])
             _axpy(cross[j, :hidden], weights[j, q] * slope[q], projection[q, :hidden])
     return out_mean, out_cov, cross, variances
+
+
+@_compiled
+def _slope_rows(shared: Array, slope: Array) -> None:
+    """From ``Cov(w^2, u_q)`` in row ``q`` to ``Cov(w^2, z_q)``, by Stein's lemma."""
+    for q in range(shared.shape[0]):
+        for r in range(shared.shape[1]):
+            shared[q, r] *= slope[q]
+
+
+@_compiled
+def _outputs(
+    weights: Array, cov: Array, per_row: int, activation: Array, z_cov: Array, shared: Array,
+    cross: Array, start: int, variances: Array,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Mean and covariance of the last of two layers, for ``shared[q] = Cov(w^2, z_q)``, without entries if 0.
+
+    On the way ``cross`` gets, from column ``start`` on, ``Sigma (I (x) z~)`` transposed, and ``variances`` the
+    variances of the weights.
+    """
+    o = weights.shape[0]
+    _project_triangle(cov, activation, o, per_row, cross, start, variances)
+    out_mean = _matvec(weights, activation)
+    out_cov = _logits_cov(cross, activation, start)
+    _add_input_part(out_cov, weights, cov, z_cov, per_row)
+    if shared.size > 0:
+        _add_coupled_part(out_mean, out_cov, weights, shared, activation)
+    return out_mean, out_cov
 
 
 @_compiled
@@ -548,15 +569,21 @@ def acting_form(
 
 @_compiled
 def act(
-    first: Array, last: Array, hidden_form: Array, coupling: Array, centre: Array, scale: Array, features: Array
+    first: Array, last: Array, hidden_form: Array, coupling: Array, centre: Array, scale: Array, rows: Array
 ) -> Array:
-    """``acting.view_mean`` of a two-layer view for one row ``(d,)``, in the encoder's units; ``(o,)``."""
+    """``acting.view_mean`` of a two-layer view for rows ``(N, d)`` in the encoder's units; ``(N, o)``."""
+    out = np.empty((rows.shape[0], last.shape[0]))
+    for b in range(rows.shape[0]):
+        _act_row(first, last, hidden_form, coupling, _inputs(centre, scale, rows[b]), out[b])
+    return out
+
+
+@_compiled
+def _act_row(first: Array, last: Array, hidden_form: Array, coupling: Array, inputs: Array, out: Array) -> None:
+    """``act`` of one row, into ``out`` ``(o,)``."""
     n, k = first.shape
     o = last.shape[0]
-    inputs, variance, out = np.empty(k), np.zeros(n), np.empty(o)
-    for p in range(k - 1):
-        inputs[p] = (features[p] - centre[p]) / scale[p]
-    inputs[k - 1] = 1.0
+    variance = np.zeros(n)
     pair = 0
     for p in range(k):
         for q in range(p, k):
@@ -570,7 +597,98 @@ def act(
             out[j] += last[j, i] * mean
             if coupling.size > 0:
                 out[j] += slope * _dot(coupling[j, i], inputs)
-    return out
+
+
+@_compiled
+def pair_form(cov: Array, n: int, k: int, per_row: int, form: Array) -> None:
+    """``z~' Sigma_ji z~`` of each pair ``i <= j`` of hidden units as a form on ``z~_p z~_q`` with ``q <= p``.
+
+    Two entries of a block share one coefficient, so that ``form``, ``(n (n + 1) / 2, k (k + 1) / 2)``, is half as large
+    as the triangle that it is made of.
+    """
+    offset, first, pair = 0, 0, 0
+    while first < n:
+        last = min(first + per_row, n)
+        width = last * k
+        for j in range(first, last):
+            rows = cov[offset : offset + k * width].reshape(k, width)
+            for i in range(j + 1):
+                at = 0
+                for p in range(k):
+                    for q in range(p):
+                        form[pair, at] = rows[p, i * k + q] + rows[q, i * k + p]
+                        at += 1
+                    form[pair, at] = rows[p, i * k + p]
+                    at += 1
+                pair += 1
+            offset += k * width
+        first = last
+
+
+@_compiled
+def predict(
+    mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
+    form: Array, centre: Array, scale: Array, outputs: Array, rows: Array,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Mean ``(N, o)`` and covariance ``(N, o, o)`` of the output, times ``outputs``, for rows in the encoder's units.
+
+    By ``form``, see ``pair_form``, if it is not empty; else by ``propagate``.
+    """
+    o = outputs.size
+    means, out_covs = np.empty((rows.shape[0], o)), np.empty((rows.shape[0], o, o))
+    for b in range(rows.shape[0]):
+        inputs = _inputs(centre, scale, rows[b])
+        if first.ndim == 1 and len(covs) == 2 and form.size > 0:
+            out_mean, out_cov = _row_moments(mean, form, covs[1], between, o, shapes[1][2], inputs)
+        else:
+            row = propagate(mean, covs, first, between, shapes, workspace, inputs[:-1], o)
+            out_mean, out_cov = row[0], row[1]
+        for j in range(o):
+            means[b, j] = out_mean[j] * outputs[j]
+            for i in range(o):
+                out_covs[b, j, i] = out_cov[j, i] * (outputs[j] * outputs[i])
+    return means, out_covs
+
+
+@_compiled
+def _inputs(centre: Array, scale: Array, features: Array) -> Array:
+    """``z~`` of a row ``(d,)`` as it comes from the encoder, ``(d + 1,)``."""
+    inputs = np.empty(features.size + 1)
+    for p in range(features.size):
+        inputs[p] = (features[p] - centre[p]) / scale[p]
+    inputs[features.size] = 1.0
+    return inputs
+
+
+@_compiled
+def _row_moments(
+    mean: Array, form: Array, cov: Array, between: Array, o: int, per_row: int, inputs: Array
+) -> tuple[Array, Array]:
+    """``predict`` for one row, ``(o,)`` and ``(o, o)``."""
+    k = inputs.size
+    n = (mean.size - o) // (k + o)
+    products, u_cov = np.empty(form.shape[1]), np.empty((n, n))
+    at = 0
+    for p in range(k):
+        for q in range(p + 1):
+            products[at] = inputs[p] * inputs[q]
+            at += 1
+    pair = 0
+    for j in range(n):
+        for i in range(j + 1):
+            u_cov[j, i] = _dot(form[pair], products)
+            pair += 1
+        u_cov[j, j] = max(u_cov[j, j], 0.0)  # rounding may leave a variance of 0 a little below
+    z_mean, z_cov, slope = _relu_dense(_matvec(mean[: n * k].reshape(n, k), inputs), u_cov)
+    room = np.empty((n, between.shape[0]))
+    for r in range(between.shape[0]):
+        _row_dots(between[r], inputs, n, room, r)
+    shared = room[:, 0:]
+    _slope_rows(shared, slope)
+    weights = mean[n * k :].reshape(o, n + 1)
+    cross, variances = np.empty((o, weights.size)), np.empty(weights.size)
+    out_mean, out_cov = _outputs(weights, cov, per_row, _with_one(z_mean), z_cov, shared, cross, 0, variances)
+    return out_mean, out_cov
 
 
 @_compiled
@@ -580,10 +698,7 @@ def learn(
     features: Array, o: int, label: float, noise: float, replacing: bool, kept: float,
 ) -> ScalarRecord:  # fmt: skip
     """A whole update on one row and the label of one output, in one call; or nothing changes."""
-    inputs = np.empty(features.size)
-    for i in range(features.size):
-        inputs[i] = (features[i] - centre[i]) / scale[i]
-    row = propagate(mean, covs, first, between, shapes, workspace, inputs, o)
+    row = propagate(mean, covs, first, between, shapes, workspace, _inputs(centre, scale, features)[:-1], o)
     record: ScalarRecord
     record, sign, moved, moves = _scalar_step(row, label, noise, replacing, kept)
     if record[3] == 1.0:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kbt_rl.inference import compiled
 from kbt_rl.inference.acting import acting_view
 from kbt_rl.inference.conditioning import NoiseBelief
+from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES, OutputRule, measure, replace
 from kbt_rl.inference.prior import layer_shapes, prior_cov
@@ -26,6 +27,11 @@ from kbt_rl.inference.rows import learn_row, row_step
 from kbt_rl.inference.state import HeadSpec, HeadState
 
 Array = npt.NDArray[Any]
+
+# Rows are predicted one by one in machine code, unless they are many and the covariance has more entries than the
+# cache holds: then they share the reading of it.
+_FEW_ROWS = 16
+_CACHED_ENTRIES = 2**18
 
 
 class Memory:
@@ -62,11 +68,14 @@ class Memory:
         self.outputs: Any
         self.labels_seen: Any
         self.centre, self.scale, self.outputs, self.labels_seen = local
+        self.ones = np.ones_like(self.outputs) if self.on_cpu else torch.ones_like(self.outputs)
         self.noise_model = noise_model
         # The one call that learns a row keeps no increment that a history could take back.
         plain = not recorded and noise_model is None and spec.outputs == 1 and rule.condition in (measure, replace)
         engine = self.state.engine if plain else None
         self._row_engine = None if engine is None or not engine.propagates else engine
+        cached = sum(block.numel() for block in self.state.cov) <= _CACHED_ENTRIES
+        self._most_rows = math.inf if cached else _FEW_ROWS
         self._replacing = rule.condition is replace
         self._noise: tuple[Any, ...] = tuple(
             held[name].numpy() if self.on_cpu else held[name] for name in ("noise_cov", "noise_labels") if name in held
@@ -87,6 +96,24 @@ class Memory:
         label, noise = float(labels[0, 0]) / float(self.outputs[0]), float(self._noise[0][0, 0])
         units = self.centre, self.scale, self.labels_seen.reshape(1)
         return learn_row(engine, units, row, label, noise, self._replacing)
+
+    def predict(self, features: Tensor | Array, outputs: Any) -> Gaussian | None:
+        """Moments of the logits times ``outputs``, by machine code for rows that it takes one by one; else None."""
+        engine = self.state.engine
+        if engine is None or not engine.propagates or features.ndim != 2 or features.shape[1] != len(self.centre):
+            return None
+        if not 0 < len(features) <= self._most_rows:
+            return None
+        rows = self.take(features).astype(np.float64, copy=False)
+        mean, cov = engine.predict(self.centre, self.scale, outputs, rows)
+        return Gaussian(torch.from_numpy(mean), torch.from_numpy(cov))
+
+    def noise_of_target(self) -> Tensor:
+        """A copy of the noise covariance in squared target units, ``(o, o)``."""
+        outputs, noise = self.outputs, self._noise[0]
+        if not self.on_cpu:
+            return noise * (outputs.unsqueeze(-1) * outputs)  # type: ignore[no-any-return]
+        return torch.from_numpy(noise * (outputs[:, None] * outputs))
 
     def belief(self) -> NoiseBelief | None:
         """What is thought of the noise, as a copy; None where it is known and Gaussian."""
@@ -165,3 +192,4 @@ def prepare(structure: str, layers: int, propagates: bool) -> None:
         actor = compiled.actor(acting_view(state))
         if actor is not None:
             actor(*units[:2], np.zeros((1, 1)))
+        engine.predict(*units[:2], np.ones(1), np.zeros((1, 1)))

@@ -23,10 +23,6 @@ from kbt_rl.inference.structures import LAYERWISE
 # Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
 MAX_JOINT_ROWS = 32
 _LARGEST_ROW_RANK = 4
-# Rows are predicted one by one in machine code, unless they are many and the covariance has more entries than the
-# cache holds: then they share the reading of it.
-_FEW_ROWS = 16
-_CACHED_ENTRIES = 2**18
 
 
 def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
@@ -42,11 +38,6 @@ def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
 
 def predict_logits(state: HeadState, features: Tensor, chunk: int = 128) -> Gaussian:
     """Distribution of the logits of each row on its own: mean ``(N, o)`` and covariance ``(N, o, o)``."""
-    few = len(features) <= _FEW_ROWS or sum(block.numel() for block in state.cov) <= _CACHED_ENTRIES
-    if few and len(features) and state.engine is not None and state.engine.propagates:
-        passes = [state.engine.propagate(row)[:2] for row in features.numpy()]
-        means, covs = (torch.from_numpy(np.stack(values)) for values in zip(*passes, strict=True))
-        return Gaussian(means, covs)
     parts = [propagate(state, part.unsqueeze(-2))[0] for part in features.split(chunk)]
     return Gaussian(torch.cat([part.mean for part in parts]), torch.cat([part.cov for part in parts]))
 
