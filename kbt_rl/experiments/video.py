@@ -19,7 +19,7 @@ Frame = npt.NDArray[np.uint8]
 #: The physics runs at 50 Hz; half of that looks smooth, and many viewers show no gif faster.
 _STEPS_PER_FRAME = 2
 _FRAME_SECONDS = DT * _STEPS_PER_FRAME
-_GIF_COLORS = 64  # of a drawing with few colours
+_GIF_COLORS, _SHARED_COLORS = 64, 256  # of a drawing with few colours
 _DIVIDER = 4  # pixels between two panes
 
 
@@ -59,13 +59,26 @@ def render_policies(
     return write_video(_frames(runs, round(seconds / DT)), path, _FRAME_SECONDS)
 
 
-def write_video(frames: Iterator[Frame], path: Path, frame_seconds: float) -> Path:
-    """Write pictures ``(H, W, 3)`` as a gif or mp4, by the ending; beside and renamed. Returns ``path``."""
-    write = _write_gif if path.suffix == ".gif" else _write_mp4
+def write_video(frames: Iterator[Frame], path: Path, frame_seconds: float, colourful: Frame | None = None) -> Path:
+    """Write pictures as a gif or mp4, by the ending; beside and renamed.
+
+    Args:
+        frames: ``(H, W, 3)`` each.
+        path: File to write.
+        frame_seconds: How long a picture stands.
+        colourful: A picture with the colours of all: a gif then has one palette, in which what stands still costs
+            nothing. Without it each picture has its own.
+
+    Returns:
+        ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        write(frames, beside, frame_seconds)
+        if path.suffix == ".gif":
+            _write_gif(frames, beside, frame_seconds, colourful)
+        else:
+            _write_mp4(frames, beside, frame_seconds)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -119,13 +132,18 @@ def _side_by_side(panes: list[Frame]) -> Frame:
     return np.concatenate(panes, axis=1)
 
 
-def _write_gif(frames: Iterator[Frame], path: Path, frame_seconds: float) -> None:
-    """By Pillow, with the colours of each frame found by an octree: a quarter of the time and half of the size."""
+def _write_gif(frames: Iterator[Frame], path: Path, frame_seconds: float, colourful: Frame | None) -> None:
+    """By Pillow; an octree finds the colours of each frame in a quarter of the time and for half of the size."""
     from PIL import Image
 
+    octree, plain = Image.Quantize.FASTOCTREE, Image.Dither.NONE
+    shared = None if colourful is None else Image.fromarray(colourful).quantize(_SHARED_COLORS)
+
     def few_colors(frame: Frame) -> Image.Image:
-        octree, plain = Image.Quantize.FASTOCTREE, Image.Dither.NONE
-        return Image.fromarray(frame).quantize(_GIF_COLORS, method=octree, dither=plain)
+        image = Image.fromarray(frame)
+        if shared is not None:
+            return image.quantize(palette=shared, dither=plain)
+        return image.quantize(_GIF_COLORS, method=octree, dither=plain)
 
     images = map(few_colors, frames)
     first = next(images)
