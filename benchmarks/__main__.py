@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import accuracy, page, speed
+from benchmarks import accuracy, blocks, page, speed
 from kbt_rl.experiments.config import PRETRAINING
 from kbt_rl.experiments.learners import pretrain
 
@@ -40,6 +40,7 @@ class Bench:
         rows: list[speed.Row] = []
         scores: list[accuracy.Score] = []
         missing: dict[str, str] = {}
+        compared: list[blocks.BlockRow] = []
         seconds, seeds = (0.2, self.seeds[:1]) if self.quick else (3.0, self.seeds)
         parts: list[tuple[str, Callable[[], Any]]] = []
         for threads in (1,) if self.quick else (1, 2):
@@ -54,7 +55,7 @@ class Bench:
                 "pendulum": lambda s=seed: _pendulum(self.out, s),
             }
             for name, make in tasks.items():
-                part = f"{name}, seed {seed}", lambda m=make, s=seed: _score(m(), s, scores, missing)
+                part = f"{name}, seed {seed}", lambda m=make, s=seed: _score(m(), s, scores, missing, compared)
                 parts.append(part)
         torch.set_num_threads(1)
         with Progress(console=console) as progress:
@@ -63,7 +64,7 @@ class Bench:
                 progress.update(bar, description=name)
                 part()
                 progress.advance(bar)
-        written = page.write(self.out, rows, scores, {**_about(), "missing": missing})
+        written = page.write(self.out, rows, scores, compared, {**_about(), "missing": missing})
         console.print(f"results in {written}")
         return written
 
@@ -80,12 +81,19 @@ def _pendulum(out: Path, seed: int) -> accuracy.Task:
     return accuracy.pendulum(pretrain(1000, PRETRAINING, out / "models" / "pretrained-1000.zip"), seed)
 
 
-def _score(task: accuracy.Task, seed: int, scores: list[accuracy.Score], missing: dict[str, str]) -> None:
+def _score(
+    task: accuracy.Task,
+    seed: int,
+    scores: list[accuracy.Score],
+    missing: dict[str, str],
+    compared: list[blocks.BlockRow],
+) -> None:
     chosen = accuracy.choose(task)
     found, not_run = accuracy.score(task, seed, chosen)
     ablated = accuracy.ablation(task, seed, chosen)
     scores += [*found, *(each._replace(task=f"{task.name}: ablation") for each in ablated)]
     missing.update(not_run)
+    compared += blocks.compare(task, seed, chosen)
 
 
 def _about() -> dict[str, Any]:

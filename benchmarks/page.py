@@ -10,23 +10,28 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from scipy.optimize import nnls
 
 from benchmarks.accuracy import Score
+from benchmarks.blocks import BlockRow
 from benchmarks.peers import STRUCTURES
 from benchmarks.speed import Row
 
 matplotlib.use("Agg")
 
 
-def write(out: Path, rows: Sequence[Row], scores: Sequence[Score], about: dict[str, Any]) -> Path:
+def write(
+    out: Path, rows: Sequence[Row], scores: Sequence[Score], compared: Sequence[BlockRow], about: dict[str, Any]
+) -> Path:
     """``bench.json``, ``benchmarks.md`` and the figures; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
-    record = {"about": about, "speed": [row._asdict() for row in rows], "accuracy": [each._asdict() for each in scores]}
+    parts = {"speed": rows, "accuracy": scores, "blocks": compared}
+    record = {"about": about, **{name: [each._asdict() for each in part] for name, part in parts.items()}}
     (out / "bench.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     _draw_growth(rows, out / "growth.png")
     _draw_paper_head(rows, out / "paper_head.png")
     page = out / "benchmarks.md"
-    page.write_text("\n".join(_page(rows, scores, about)) + "\n", encoding="utf-8")
+    page.write_text("\n".join(_page(rows, scores, compared, about)) + "\n", encoding="utf-8")
     return page
 
 
@@ -39,7 +44,9 @@ def _number(value: float, digits: int = 3) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}g}"
 
 
-def _page(rows: Sequence[Row], scores: Sequence[Score], about: dict[str, Any]) -> list[str]:
+def _page(
+    rows: Sequence[Row], scores: Sequence[Score], compared: Sequence[BlockRow], about: dict[str, Any]
+) -> list[str]:
     lines = [
         "# Benchmarks", "",
         f"One process, one run: {about['machine']}, {about['cores']} cores, Python {about['python']}, PyTorch "
@@ -75,6 +82,8 @@ def _page(rows: Sequence[Row], scores: Sequence[Score], about: dict[str, Any]) -
             for row in own
         ]  # fmt: skip
         lines += _table(heads, body)
+        if group == "width":
+            lines += _growth(own)
     for task in dict.fromkeys(each.task for each in scores):
         own = [each for each in scores if each.task == task]
         seeds = sorted({each.seed for each in own})
@@ -85,9 +94,36 @@ def _page(rows: Sequence[Row], scores: Sequence[Score], about: dict[str, Any]) -
             cells = [_range([getattr(each, name) for each in found]) for name in ("error", "coverage", "density")]
             body.append((method, *cells, "; ".join(dict.fromkeys(each.prior for each in found)) or "-"))
         lines += _table(("method", "error", "coverage of 95 %", "log density", "variances, rho"), body)
+    lines += _blocks(compared)
     if about["missing"]:
         lines += ["## Not run", "", *(f"- {name}: {reason}" for name, reason in about["missing"].items()), ""]
     return lines
+
+
+def _growth(rows: Sequence[Row]) -> list[str]:
+    """How well time follows the structure's formula: a constant plus a multiple of the limit, fitted in ratios."""
+    body = []
+    for structure in dict.fromkeys(row.structure for row in rows):
+        own = [row for row in rows if row.structure == structure]
+        times, limits = (np.array([getattr(row, name) for row in own]) for name in ("median_us", "limit_us"))
+        design = np.stack([1.0 / times, limits / times], axis=1)
+        (constant, factor), _ = nnls(design, np.ones(len(own)))
+        worst = float(np.abs(design @ (constant, factor) - 1.0).max())
+        body.append((structure, f"{own[0].weights} to {own[-1].weights}", *map(_number, (constant, factor, worst))))
+    text = "Median fitted by a constant plus a multiple of the limit; the largest relative deviation from that."
+    return [text, "", *_table(("structure", "weights", "constant, us", "multiple", "largest deviation"), body)]
+
+
+def _blocks(compared: Sequence[BlockRow]) -> list[str]:
+    """A long batch in successive blocks beside one joint update of all its rows."""
+    lines = ["## Long batches", "", "Rows learned in successive blocks against one joint update of all of them.", ""]
+    body = []
+    for task, rows, block in dict.fromkeys((each.task, each.rows, each.block) for each in compared):
+        own = [each for each in compared if (each.task, each.block) == (task, block)]
+        names = ("error", "mean_difference", "sd_ratio")
+        body.append((task, rows, block, *(_range([getattr(each, name) for each in own]) for name in names)))
+    heads = ("task", "rows", "block", "error", "difference of the means, joint sds", "sd over the joint update's")
+    return [*lines, *_table(heads, body)]
 
 
 def _range(values: Sequence[float]) -> str:

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("numba", reason='the micro-benchmarks need numba: pip install "kbt_rl[fast]"')
 
-from benchmarks import accuracy, page
+from benchmarks import accuracy, blocks, page
 from benchmarks.clock import in_turns
 from benchmarks.machine import Limits, update_work
 from benchmarks.peers import STRUCTURES, Head, RankOne
@@ -57,6 +57,27 @@ def test_peers_agree_where_they_are_the_same_method() -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
+@pytest.mark.parametrize(("layers", "tolerance"), [(1, 1e-9), (2, math.inf)])
+def test_blocks_differ_from_a_joint_update_behind_a_relu_only(layers: int, tolerance: float) -> None:
+    task = accuracy.toy(7, in_span=True, samples=40, held_out=20)
+    joint, *rest = blocks.compare(task, 7, HeadConfig(layers=layers, hidden_variance=1e-3), rows=40)
+    assert (joint.mean_difference, joint.sd_ratio) == (0.0, 1.0)
+    assert [row.block for row in rest] == list(blocks.BLOCKS)
+    for row in rest:
+        assert row.mean_difference <= tolerance
+        assert (row.mean_difference > 1e-3) == (layers == 2)
+
+
+def test_growth_is_fitted_by_a_constant_and_a_multiple_of_the_limit() -> None:
+    def row(limit: float, median: float) -> Row:
+        return Row("width", "w", "neuron", 16, 32, 2, 1, 1, 10, 80, median, median, limit, 1)
+
+    exact = page._growth([row(limit, 5.0 + 2.0 * limit) for limit in (1.0, 10.0, 100.0)])
+    assert any("| neuron | 10 to 10 | 5 | 2 |" in line for line in exact)
+    off = page._growth([row(1.0, 10.0), row(10.0, 10.0), row(100.0, 1000.0)])
+    assert float(off[-2].split("|")[-2]) > 0.3
+
+
 def test_the_choice_looks_at_the_samples_only() -> None:
     task = accuracy.toy(8, in_span=False, samples=40, held_out=10)
     candidates = (HeadConfig(hidden_variance=1e-6), HeadConfig(hidden_variance=1e-3))
@@ -70,10 +91,12 @@ def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
     rows = [Row("width", "width 32, joint", "joint", 16, 32, 2, 1, 1, 577, 1000, 300.0, 400.0, 200.0, 1)]
     rows.append(rows[0]._replace(group="paper's head", name="encoder", weights=0, limit_us=math.nan))
     scores = [accuracy.Score("toy", "KBT joint", seed, 0.1, 0.95, 0.8, "1e-5") for seed in (0, 1)]
+    compared = [blocks.BlockRow("toy", seed, 128, 8, 0.125, 0.25, 0.5) for seed in (0, 1)]
     about = dict.fromkeys(("machine", "cores", "python", "torch", "numpy", "numba", "date"), "x")
-    written = page.write(tmp_path, rows, scores, {**about, "missing": {"TAGI": "no MPI"}})
+    written = page.write(tmp_path, rows, scores, compared, {**about, "missing": {"TAGI": "no MPI"}})
     text = written.read_text(encoding="utf-8")
     assert "- TAGI: no MPI" in text
     assert "| width 32, joint | 577 | 1 | 1 | 300 | 400 | 1.3 | 200 | 1.5 |" in text
+    assert "| toy | 128 | 8 | 0.1250 (0.125 to 0.125) | 0.2500 (0.250 to 0.250) | 0.5000 (0.500 to 0.500) |" in text
     assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["accuracy"][1]["seed"] == 1
     assert (tmp_path / "growth.png").stat().st_size > 1000
