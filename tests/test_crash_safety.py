@@ -48,6 +48,28 @@ def test_the_kills_would_find_a_file_that_is_written_in_place(tmp_path: Path) ->
     assert kill_while_saving(tmp_path, 40, "plain")["broken"] > 0
 
 
+def test_a_policy_that_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = kbt(), tmp_path / "policy.pt"
+    model.policy.save(path)
+    before = path.read_bytes()
+
+    def torn(values: object, file: io.BufferedIOBase) -> None:
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stable_baselines3.common.policies.th.save", torn)
+        with pytest.raises(OSError, match="no space"):
+            model.policy.save(path)
+    assert path.read_bytes() == before
+    assert names(tmp_path) == ["policy.pt"]
+    stream = io.BytesIO()
+    model.policy.save(stream)
+    stream.seek(0)
+    for source in (path, stream):
+        assert not changed(weights(type(model.policy).load(source)), weights(model.policy))
+
+
 # ---------------------------------------------------------------------- the forms of a path, as in SB3
 
 

@@ -5,7 +5,9 @@ The context travels through the ``state`` argument of ``predict``; nothing of an
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback
+from kbt_rl.agents.files import replacing
 from kbt_rl.models.context import ContextWindow, advance_window, start_window
 from kbt_rl.models.context import with_action as with_remembered
 from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
@@ -184,6 +187,14 @@ class TransformerPolicy(BasePolicy):
             found = getattr(context, name).shape
             if found[1:] != (length, size):
                 raise ValueError(f"the context's {name} have shape {found}; expected (n, {length}, {size})")
+
+    def save(self, path: str | Path | io.BufferedIOBase) -> None:
+        """SB3's ``save``, but a file is replaced as a whole: killed at any moment, it is the old one or the new."""
+        if not isinstance(path, (str, Path)):
+            super().save(path)  # type: ignore[arg-type]  # torch writes to files as well
+            return
+        with replacing(path) as file:
+            super().save(file)  # type: ignore[arg-type]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over saved weights and buffers, all or none.
