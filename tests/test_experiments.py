@@ -24,6 +24,7 @@ from kbt_rl.experiments.config import (
     KBT_METHOD,
     Method,
     Trial,
+    batches,
     figure3_methods,
     printed_method,
     reproduction_plan,
@@ -220,12 +221,56 @@ def test_visited_labels_follow_the_learners_own_path(out: Path) -> None:
 
 
 def test_a_finished_trial_is_not_run_again(out: Path, monkeypatch: Any) -> None:
-    path = perform(BASE, out)
-    monkeypatch.setattr("kbt_rl.experiments.runner.run_trial", lambda *_: pytest.fail("ran again"))
-    assert perform(BASE, out) == path == result_path(BASE, out)
+    perform([BASE], out)
+    assert result_path(BASE, out).exists()
+    monkeypatch.setattr("kbt_rl.experiments.runner.run_trials", lambda *_: pytest.fail("ran again"))
+    perform([BASE], out)
     (result,) = read_results([BASE, dataclasses.replace(BASE, samples=99)], out)
     assert result["trial"]["samples"] == 12
     assert result["versions"]["torch"] == torch.__version__
+
+
+def test_warm_starts_that_differ_in_their_seeds_make_a_batch() -> None:
+    plan = [
+        dataclasses.replace(BASE, method=method, stream_seed=seed, kind=kind)
+        for method in (KBT_METHOD, warm_start_method(5, 1e-3), warm_start_method(10, 1e-3))
+        for kind in ("adapt", "correlated")
+        for seed in (0, 1)
+    ]
+    found = batches(plan)
+    assert [trial for batch in found for trial in batch] == plan
+    assert [len(batch) for batch in found] == [1, 1, 1, 1, 2, 1, 1, 2, 1, 1]
+
+
+def test_learners_that_are_trained_together_become_what_they_become_alone(out: Path, monkeypatch: Any) -> None:
+    base = dataclasses.replace(BASE, method=warm_start_method(5, 1e-3), checkpoints=(0, 4, 5, 12))
+    plan = [dataclasses.replace(base, pretrain_seed=p, stream_seed=s) for p, s in ((0, 0), (1, 0), (1, 1))]
+    seen: list[list[dict[str, torch.Tensor]]] = []
+    evaluate = learners.batch_force
+    monkeypatch.setattr(learners, "batch_force", lambda one, views: seen.append(views) or evaluate(one, views))
+    records = [trials.run_trial(trial, out / "models") for trial in plan], trials.run_trials(plan, out / "models")
+    assert [len(views) for views in seen] == [3] * 6  # of each: at the start, after 5 and after 10 labels
+    for alone, together in zip(seen[:3], seen[3:], strict=True):
+        for expected, found, before in zip(alone[1:], together[1:], together[:-1], strict=True):
+            for name, weight in expected.items():  # but for queries and keys, which a lone token makes no use of
+                used = slice(2 * 16, None) if "in_proj" in name else ...
+                torch.testing.assert_close(found[name][used], weight[used], rtol=1e-3, atol=1e-4)
+            assert float((found["linear.weight"] - before["linear.weight"]).abs().max()) > 1e-2
+    assert [record["success"] for record in records[0]] == [record["success"] for record in records[1]]
+    assert not torch.equal(seen[4][2]["linear.weight"], seen[5][2]["linear.weight"])
+
+
+def test_a_batch_that_lacks_a_result_is_run_as_a_whole(out: Path) -> None:
+    base = dataclasses.replace(BASE, method=warm_start_method(5, 1e-3))
+    plan = [dataclasses.replace(base, stream_seed=seed) for seed in (0, 1)]
+    perform(plan, out)
+    whole = read_results(plan, out)
+    result_path(plan[1], out).unlink()
+    perform(plan, out)
+    assert read_results(plan, out) == whole
+    console = Console(quiet=True)
+    with pytest.raises(RuntimeError, match="2 of the trials failed"):
+        run_all([dataclasses.replace(trial, method=warm_start_method(5, -1.0)) for trial in plan], out, 2, console)
 
 
 @pytest.mark.slow

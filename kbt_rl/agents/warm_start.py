@@ -116,10 +116,8 @@ class WarmStart(OnlineAlgorithm):
 
     def _train_on_memory(self) -> float:
         """``epochs`` full-batch steps of a fresh Adam on all weights; empties the memory."""
-        contexts, targets = zip(*self._stored, strict=True)
-        inputs = [torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in zip(*contexts, strict=True)]
+        inputs, target = self._memory_tensors()
         transformer = self.policy.transformer
-        target = torch.from_numpy(np.concatenate(targets)).to(self.device, torch.float32)
         fused = self.device.type in ("cpu", "cuda")  # a quarter less time for a network of this size
         optimiser = torch.optim.Adam(transformer.parameters(), lr=self.step_size, fused=fused)
         transformer.train()
@@ -129,7 +127,17 @@ class WarmStart(OnlineAlgorithm):
             loss.backward()
             optimiser.step()
         transformer.eval()
+        self._forget_memory()
+        return float(loss.detach())
+
+    def _memory_tensors(self) -> tuple[list[Tensor], Tensor]:
+        """The memory as inputs of the transformer and their targets."""
+        contexts, targets = zip(*self._stored, strict=True)
+        inputs = [torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in zip(*contexts, strict=True)]
+        return inputs, torch.from_numpy(np.concatenate(targets)).to(self.device, torch.float32)
+
+    def _forget_memory(self) -> None:
+        """Start a new memory after a training."""
         self._stored = []
         if self._context is not None:  # the features of the running episode belong to the old weights
             self._features = self.policy.encode(self._context)
-        return float(loss.detach())

@@ -207,6 +207,16 @@ def _single(base: Trial, quick: bool) -> list[Trial]:
     ]
 
 
+def batches(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
+    """The trials in their order, those together that are run in one go: warm starts that differ in their seeds only."""
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        shared = trial.kind == "adapt" and trial.method.kind == "warm_start"
+        key = replace(trial, pretrain_seed=0, stream_seed=0) if shared else trial
+        found.setdefault(digest(key), []).append(trial)
+    return [tuple(batch) for batch in found.values()]
+
+
 def timing_plan(plan: list[Trial], quick: bool) -> list[Trial]:
     """Figure 4: every learner in turn, in one trial to be run with nothing beside it."""
     first = next(trial for trial in plan if trial.kind == "adapt")

@@ -67,18 +67,21 @@ def prepare_heads(methods: Iterable[Method]) -> None:
         BayesianHead(1, 1, config)
 
 
-def build(method: Method, pretrained: KBT, noise_variance: float = 0.0) -> OnlineAlgorithm:
+def build(
+    method: Method, pretrained: KBT, noise_variance: float = 0.0, warm_start: type[WarmStart] = WarmStart
+) -> OnlineAlgorithm:
     """A learner of this method that starts as the pre-trained policy.
 
     Args:
         method: Kind and settings.
         pretrained: Whose transformer to take over.
         noise_variance: Variance of the labels that the method is told, N^2.
+        warm_start: Class of a learner of that kind.
     """
     spaces: dict[str, Any] = {"env": gym.make(NOMINAL_ID), "seed": pretrained.seed}
     head = head_config(method)
     if method.kind == "warm_start":
-        learner: OnlineAlgorithm = WarmStart(**spaces, **method.settings)
+        learner: OnlineAlgorithm = warm_start(**spaces, **method.settings)
     elif head is not None:
         learner = (PrintedKBT if method.kind == "printed" else KBT)(**spaces, policy_kwargs={"head": head})
     else:

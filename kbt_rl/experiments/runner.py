@@ -1,7 +1,8 @@
 """Many trials: in parallel processes, one result file each, resumable, and nothing lost when a process dies.
 
-The unit of work is ``perform(trial, out)``, which writes ``out/trials/<id>.json`` and does nothing if it is there. Any
-other executor (a cluster's job array, say) can call it for the same trials on a shared folder.
+The unit of work is ``perform(batch, out)`` for one of ``config.batches``, which writes ``out/trials/<id>.json`` for
+each trial and does nothing if they are there. Any other executor (a cluster's job array, say) can call it for the same
+batches on a shared folder.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kbt_rl.experiments.config import Trial
+from kbt_rl.experiments.config import Trial, batches
 from kbt_rl.experiments.learners import prepare_heads, pretrain
-from kbt_rl.experiments.trials import model_path, run_trial
+from kbt_rl.experiments.trials import model_path, run_trials
 
 Result = dict[str, Any]
 
@@ -39,13 +40,16 @@ def result_path(trial: Trial, out: Path) -> Path:
     return out / "trials" / f"{trial.id}.json"
 
 
-def perform(trial: Trial, out: Path) -> Path:
-    """Run a trial unless its result is there already; returns the result's path."""
-    path = result_path(trial, out)
-    if not path.exists():
-        record = run_trial(trial, out / "models")
-        write_json({"trial": asdict(trial), "record": record, "versions": versions()}, path)
-    return path
+def perform(batch: Sequence[Trial], out: Path) -> None:
+    """Run the trials of a batch, all of them unless all results are there already, so that each is always the same."""
+    if not _missing(batch, out):
+        return
+    for trial, record in zip(batch, run_trials(batch, out / "models"), strict=True):
+        write_json({"trial": asdict(trial), "record": record, "versions": versions()}, result_path(trial, out))
+
+
+def _missing(trials: Iterable[Trial], out: Path) -> list[Trial]:
+    return [trial for trial in trials if not result_path(trial, out).exists()]
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -77,10 +81,8 @@ def run_all(trials: Sequence[Trial], out: Path, jobs: int, console: Console, alo
     Raises:
         RuntimeError: A trial failed; the others have been run, and the message names it.
     """
-    missing, missing_alone = (
-        [trial for trial in some if not result_path(trial, out).exists()] for some in (trials, alone)
-    )
-    total, left = len(trials) + len(alone), len(missing) + len(missing_alone)
+    missing, missing_alone = ([batch for batch in batches(some) if _missing(batch, out)] for some in (trials, alone))
+    total, left = len(trials) + len(alone), len(_missing((*trials, *alone), out))
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[last]}"),
@@ -88,50 +90,58 @@ def run_all(trials: Sequence[Trial], out: Path, jobs: int, console: Console, alo
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("trials", total=total, completed=total - left, last="")
 
-        def done(trial: Trial) -> None:
-            progress.update(bar, advance=1, last=trial.method.name if trial.kind != "timing" else trial.kind)
+        def done(batch: Sequence[Trial]) -> None:
+            last = batch[0]
+            left = len(_missing((*trials, *alone), out))
+            progress.update(bar, completed=total - left, last=last.method.name if last.kind != "timing" else last.kind)
 
         if not left:
             return
         if jobs == 1:
             threads = torch.get_num_threads()
-            for trial in (*missing, *missing_alone):
-                perform(trial, out)
-                done(trial)
+            for batch in (*missing, *missing_alone):
+                perform(batch, out)
+                done(batch)
             torch.set_num_threads(threads)
             return
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
             _drain(pool, missing, out, done)
-            for trial in missing_alone:
-                pool.submit(perform, trial, out).result()
-                done(trial)
+            for batch in missing_alone:
+                pool.submit(perform, batch, out).result()
+                done(batch)
 
 
-def _drain(pool: ProcessPoolExecutor, missing: Sequence[Trial], out: Path, done: Callable[[Trial], None]) -> None:
+def _drain(
+    pool: ProcessPoolExecutor,
+    missing: Sequence[tuple[Trial, ...]],
+    out: Path,
+    done: Callable[[Sequence[Trial]], None],
+) -> None:
     """First what the trials share: pre-trained policies, and machine code, compiled once; then the trials."""
-    models = {model_path(trial, out / "models"): trial for trial in missing}
+    models = {model_path(trial, out / "models"): trial for batch in missing for trial in batch}
     try:
         shared = [pool.submit(_pretrain, trial, out) for trial in models.values()]
         if missing:
-            shared.append(pool.submit(prepare_heads, [trial.method for trial in missing]))
+            shared.append(pool.submit(prepare_heads, [batch[0].method for batch in missing]))
         for ready in shared:
             ready.result()
-        running: dict[Future[Path], Trial] = {pool.submit(perform, trial, out): trial for trial in missing}
-        failures: list[tuple[Trial, BaseException]] = []
+        running: dict[Future[None], tuple[Trial, ...]] = {pool.submit(perform, batch, out): batch for batch in missing}
+        failures: list[tuple[tuple[Trial, ...], BaseException]] = []
         while running:
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                trial = running.pop(future)
+                batch = running.pop(future)
                 error = future.exception()
                 if error is not None:
-                    failures.append((trial, error))
-                done(trial)
+                    failures.append((batch, error))
+                done(batch)
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     if failures:
-        trial, error = failures[0]
-        raise RuntimeError(f"{len(failures)} of the trials failed, first {trial.id}: {error!r}") from error
+        (first, *_), error = failures[0]
+        count = sum(len(batch) for batch, _ in failures)
+        raise RuntimeError(f"{count} of the trials failed, first {first.id}: {error!r}") from error
 
 
 def _pretrain(trial: Trial, out: Path) -> None:

@@ -1,8 +1,8 @@
-"""One trial: a pure function from its configuration to a record of plain numbers."""
+"""Trials: pure functions from their configurations to records of plain numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,34 @@ from kbt_rl.experiments import learners
 from kbt_rl.experiments.config import Trial, digest
 from kbt_rl.experiments.learners import LabelStream, build
 from kbt_rl.experiments.printed import PrintedKBT
+from kbt_rl.experiments.retraining import WaitingWarmStart, train_together
 from kbt_rl.experiments.simulation import EPISODE_STEPS, Force, Outcome, expert_force, regret, simulate, starts
 from kbt_rl.experiments.single import initialisation_errors, softmax_errors
 from kbt_rl.experiments.timing import timing_record
 
 Record = dict[str, Any]
 FloatArray = npt.NDArray[np.float64]
+# State and label, (1, ...) each, by their number in the stream.
+SampleOf = Callable[[int], tuple[npt.NDArray[Any], FloatArray]]
 # The curve of 70,000 iterations is kept at every so many.
 _CURVE_STEP = 100
 _MOVING_AVERAGE = 500
 
 
-def run_trial(trial: Trial, models: Path | None = None) -> Record:
-    """Run a trial and return its record, which JSON can hold.
+def run_trials(trials: Sequence[Trial], models: Path | None = None) -> list[Record]:
+    """Run trials that belong together, see ``config.batches``, and return their records, which JSON can hold.
 
     Args:
-        trial: What to do.
+        trials: What to do.
         models: Folder in which pre-trained policies are kept; each is trained anew if None.
     """
+    if len(trials) == 1:
+        return [run_trial(trials[0], models)]
+    return _adapt_together(trials, [_pretrained(trial, models) for trial in trials])
+
+
+def run_trial(trial: Trial, models: Path | None = None) -> Record:
+    """Run one trial, see ``run_trials``."""
     torch.manual_seed(trial.stream_seed)
     run: Callable[[Trial, KBT], Record] = {
         "adapt": _adapt,
@@ -45,7 +55,11 @@ def run_trial(trial: Trial, models: Path | None = None) -> Record:
         "initialisation": lambda trial, model: initialisation_errors(model),
         "softmax": lambda trial, model: softmax_errors(trial.samples, trial.stream_seed),
     }[trial.kind]
-    return run(trial, learners.pretrain(trial.pretrain_seed, trial.pretraining, model_path(trial, models)))
+    return run(trial, _pretrained(trial, models))
+
+
+def _pretrained(trial: Trial, models: Path | None) -> KBT:
+    return learners.pretrain(trial.pretrain_seed, trial.pretraining, model_path(trial, models))
 
 
 def model_path(trial: Trial, models: Path | None) -> Path | None:
@@ -75,10 +89,28 @@ def _adapt(trial: Trial, pretrained: KBT) -> Record:
     if kind == "pretrained":
         force = learners.batch_force(learner, [learners.snapshot(learner)])
         return _constant(_evaluate(force, trial, 1), trial)
+    return _learn_and_evaluate(trial, learner, _iid_samples(trial))
+
+
+def _adapt_together(trials: Sequence[Trial], pretrained: Sequence[KBT]) -> list[Record]:
+    """``_adapt`` for warm starts that differ in their seeds only, whose trainings then fall together."""
+    waiting = [build(t.method, model, warm_start=WaitingWarmStart) for t, model in zip(trials, pretrained, strict=True)]
+    courses = [_Course(t, learner, _iid_samples(t)) for t, learner in zip(trials, waiting, strict=True)]
+    for count in range(trials[0].samples + 1):
+        for course in courses:
+            course.advance(count)
+        due = [learner for learner in waiting if isinstance(learner, WaitingWarmStart) and learner.full]
+        if due:
+            train_together(due)
+    return [course.record() for course in courses]
+
+
+def _iid_samples(trial: Trial) -> SampleOf:
+    """The i.i.d. label stream of a trial."""
     stream = LabelStream(trial)
     states = stream.states(trial.samples)
     labels = stream.label(states)
-    return _learn_and_evaluate(trial, learner, lambda i: (states[i : i + 1], labels[i : i + 1]))
+    return lambda i: (states[i : i + 1], labels[i : i + 1])
 
 
 def _constant(record: Record, trial: Trial) -> Record:
@@ -87,34 +119,46 @@ def _constant(record: Record, trial: Trial) -> Record:
     return {**record, **repeated, "checkpoints": list(trial.checkpoints)}
 
 
-def _learn_and_evaluate(
-    trial: Trial,
-    learner: OnlineAlgorithm,
-    sample: Callable[[int], tuple[npt.NDArray[Any], FloatArray]],
-) -> Record:
-    """Update sample by sample, keep a snapshot at each checkpoint, evaluate the distinct ones in one batch."""
-    snapshots: list[Any] = []
-    used: list[int] = []
-    fresh = True
+def _learn_and_evaluate(trial: Trial, learner: OnlineAlgorithm, sample: SampleOf) -> Record:
+    course = _Course(trial, learner, sample)
     for count in range(trial.samples + 1):
-        if count in trial.checkpoints:
-            if fresh:
-                snapshots.append(learners.snapshot(learner))
-            used.append(len(snapshots) - 1)
-            fresh = False
-        if count < trial.samples:
-            context, target = sample(count)
-            info = learner.update(Sample(context, target))
-            fresh = fresh or getattr(info, "trainings", 1) > 0
-    record = _evaluate(learners.batch_force(learner, snapshots), trial, len(snapshots))
-    for name in ("success", "regret"):
-        record[name] = [record[name][index] for index in used]
-    record["checkpoints"] = list(trial.checkpoints)
-    failed_after = learner.failed_after if isinstance(learner, PrintedKBT) else None
-    if failed_after is not None:
-        _mark_failure(record, failed_after)
-    record["failed_after"] = failed_after
-    return record
+        course.advance(count)
+    return course.record()
+
+
+class _Course:
+    """A learner on its samples: update one by one, keep a snapshot at each checkpoint, evaluate the distinct ones."""
+
+    def __init__(self, trial: Trial, learner: OnlineAlgorithm, sample: SampleOf) -> None:
+        self._trial, self._learner, self._sample = trial, learner, sample
+        self._snapshots: list[Any] = []
+        self._used: list[int] = []
+        self._fresh = True
+
+    def advance(self, count: int) -> None:
+        """What happens after ``count`` labels: look at the learner at a checkpoint, then give it the next one."""
+        if count in self._trial.checkpoints:
+            if self._fresh:
+                self._snapshots.append(learners.snapshot(self._learner))
+            self._used.append(len(self._snapshots) - 1)
+            self._fresh = False
+        if count < self._trial.samples:
+            context, target = self._sample(count)
+            info = self._learner.update(Sample(context, target))
+            self._fresh = self._fresh or getattr(info, "trainings", 1) > 0
+
+    def record(self) -> Record:
+        """Evaluate all snapshots in one batch."""
+        trial, learner = self._trial, self._learner
+        record = _evaluate(learners.batch_force(learner, self._snapshots), trial, len(self._snapshots))
+        for name in ("success", "regret"):
+            record[name] = [record[name][index] for index in self._used]
+        record["checkpoints"] = list(trial.checkpoints)
+        failed_after = learner.failed_after if isinstance(learner, PrintedKBT) else None
+        if failed_after is not None:
+            _mark_failure(record, failed_after)
+        record["failed_after"] = failed_after
+        return record
 
 
 def _mark_failure(record: Record, failed_after: int) -> None:
@@ -128,11 +172,9 @@ def _mark_failure(record: Record, failed_after: int) -> None:
 def _correlated(trial: Trial, pretrained: KBT) -> Record:
     """As ``_adapt``, with labels at i.i.d. states or at the states that the learning policy visits itself."""
     learner = build(trial.method, pretrained)
-    stream = LabelStream(trial)
     if trial.stream == "iid":
-        states = stream.states(trial.samples)
-        labels = stream.label(states)
-        return _learn_and_evaluate(trial, learner, lambda i: (states[i : i + 1], labels[i : i + 1]))
+        return _learn_and_evaluate(trial, learner, _iid_samples(trial))
+    stream = LabelStream(trial)
     walk = VisitedStates(learner, trial.stream_seed)
 
     def sample(index: int) -> tuple[npt.NDArray[Any], FloatArray]:
