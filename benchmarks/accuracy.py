@@ -114,7 +114,7 @@ def score(task: Task, seed: int, chosen: HeadConfig) -> tuple[list[Score], dict[
         except ImportError as error:
             missing[name] = str(error)
             continue
-        prior = _prior(chosen) if name.startswith("KBT") else ""
+        prior = _prior(learner.head.config) if name.startswith("KBT") and isinstance(learner, Head) else ""
         found.append(_score(task, name, seed, learner, prior))
     return found, missing
 

@@ -46,21 +46,9 @@ class Head:
         self.head.update(x[None], np.array([[y]]))
 
     def predict(self, rows: Array) -> tuple[Array, Array]:
-        """See ``Peer``; the EKF predicts with its linearisation."""
-        if isinstance(self.head, EKFHead):
-            return self._linearised(self.head, rows)
+        """See ``Peer``."""
         found = self.head.predict(torch.from_numpy(rows))
         return found.mean[:, 0].numpy(), (found.epistemic + found.aleatoric)[:, 0, 0].numpy()
-
-    @staticmethod
-    def _linearised(head: EKFHead, rows: Array) -> tuple[Array, Array]:
-        means, variances = [], []
-        cov = head._full if head._full is not None else head.state.dense_cov().numpy()
-        for row in rows:
-            jacobian, output = head._linearised(row)
-            means.append(output)
-            variances.append(jacobian @ cov @ jacobian + float(head.noise_cov[0, 0]))
-        return np.array(means), np.array(variances)
 
 
 class RankOne:

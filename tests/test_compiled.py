@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 import signal
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import STRUCTURES, randn, random_state
@@ -24,7 +26,15 @@ from kbt_rl.inference.state import HeadState
 
 pytestmark = pytest.mark.skipif(compiled.kernels() is None, reason='needs numba: pip install "kbt_rl[fast]"')
 
-RULES_BY_OUTPUTS = [(1, "measure"), (1, "replace"), (3, "measure"), (3, "replace"), (3, "fisher"), (3, "taylor")]
+RULES_BY_OUTPUTS = [
+    (1, "measure"),
+    (1, "replace"),
+    (3, "measure"),
+    (3, "replace"),
+    (3, "fisher"),
+    (3, "taylor"),
+    (3, "laplace"),
+]
 
 
 @pytest.fixture(params=[64, 8], ids=["one block row", "several block rows"])
@@ -164,9 +174,11 @@ def test_acting_equals_the_mean_of_the_view_and_of_the_moments(structure: str, o
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("largest_form", [0, 10**6])
 def test_predictions_equal_the_definition_after_each_update(
-    structure: str, layers: int, outputs: int, rows: int
+    structure: str, layers: int, outputs: int, rows: int, largest_form: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compiled, "_LARGEST_FORM", largest_form)
     config = HeadConfig(structure=structure, layers=layers, noise_variance=0.05, hidden_variance=0.1)
     scales = {"feature_mean": randn(5, seed=1), "feature_scale": randn(5, seed=2).abs() + 0.5}
     target_scale = torch.linspace(2.0, 3.0, outputs, dtype=torch.float64)
@@ -182,6 +194,30 @@ def test_predictions_equal_the_definition_after_each_update(
             torch.testing.assert_close(prediction.mean, expected.mean * target_scale, rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(prediction.epistemic, expected.cov * square, rtol=1e-9, atol=1e-13)
             assert torch.equal(prediction.aleatoric[0], head.noise_cov * square)
+
+
+@pytest.mark.parametrize("kind", ["strided", "read-only", "float32"])
+def test_no_kind_of_array_is_compiled_anew(kind: str) -> None:
+    code = compiled.kernels()
+    assert code is not None
+    head = BayesianHead.from_linear(nn.Linear(5, 1), HeadConfig(noise_variance=0.1))
+    kernels = code.learn, code.predict, code.act
+
+    def use(features: Any, label: Any) -> None:
+        head.update(features, label)
+        head(torch.as_tensor(features))
+        head.predict(torch.as_tensor(features))
+
+    use(randn(1, 5, seed=1), randn(1, 1, seed=2))
+    before = [len(kernel.signatures) for kernel in kernels]
+    features, label = randn(1, 10, seed=1).numpy()[:, ::2], randn(1, 2, seed=2).numpy()[:, ::2]
+    if kind == "read-only":
+        features = features.copy()
+        features.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of the read-only array
+        use(features.astype(np.float32) if kind == "float32" else features, label)
+    assert [len(kernel.signatures) for kernel in kernels] == before
 
 
 @pytest.mark.parametrize("change", ["reopen", "reset", "load"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -163,3 +164,14 @@ def test_interrupts_are_left_alone_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert results == [True]
+
+
+def test_an_interrupt_during_a_block_that_fails_is_delivered_with_the_error() -> None:
+    def fail() -> None:
+        with interrupts_deferred():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError("the block failed")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fail()
+    assert isinstance(caught.value.__context__, ValueError)

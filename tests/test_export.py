@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from learners import LONGER, SHIFTED, changed, expert, kbt, longer_kbt, states, warm_start, weights
+from learners import LONGER, SHIFTED, changed, expert, kbt, learner, longer_kbt, states, warm_start, weights
 from safetensors.torch import load_file, save_file
 
 from kbt_rl import KBT, HeadConfig, Sample
@@ -49,6 +49,7 @@ MODELS: dict[str, Any] = {
     "context": longer_kbt,
     "learned noise": lambda: kbt(policy_kwargs={"head": HeadConfig(noise="learned", structure="neuron")}),
     "deep": lambda: kbt(policy_kwargs={"head": HeadConfig(layers=3, structure="layer", robust_dof=4.0)}),
+    "one for each environment": lambda: learner(KBT, n_envs=9, per_env=True),
     "discrete": lambda: KBT(env=gym.make("kbt_rl/DiscreteInvertedPendulum-v0"), seed=0),
 }
 

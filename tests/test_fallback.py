@@ -215,9 +215,11 @@ def test_evaluate_policy_acts_with_it() -> None:
 # ---------------------------------------------------------------------- files, errors
 
 
-def test_a_file_has_no_controller_and_loading_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("through", ["model", "policy"])
+def test_a_file_has_no_controller_and_loading_says_so(through: str, tmp_path: Path) -> None:
     model = kbt()
-    model.set_fallback(Fallback(lambda observations: np.zeros((len(observations), 1)), 0.1))  # cannot be pickled
+    owner = model if through == "model" else model.policy
+    owner.set_fallback(Fallback(lambda observations: np.zeros((len(observations), 1)), 0.1))  # cannot be pickled
     model.save(tmp_path / "guarded")
     with pytest.warns(UserWarning, match=r"fallback controller \(limit 0.1\).*acts alone until set_fallback"):
         loaded = KBT.load(tmp_path / "guarded")
@@ -261,7 +263,7 @@ def test_a_wrong_controller_is_refused_and_the_old_one_stays(given: Any, error: 
     with pytest.raises(error, match=message):
         model.set_fallback(given)
     assert model.policy.fallback is old
-    assert model.fallback_limit == 0.3
+    assert model.policy.fallback.limit == 0.3
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])

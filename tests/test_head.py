@@ -240,6 +240,34 @@ def test_an_update_pulls_the_prediction_to_the_target_and_shrinks_its_variance()
     assert float(after.epistemic.diagonal(dim1=-2, dim2=-1).max()) < 0.05 * float(before.epistemic.max())
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_record_of_outputs_of_different_size_is_in_their_own_units(rows: int) -> None:
+    scale = torch.tensor([1.0, 100.0], dtype=torch.float64)
+    head = BayesianHead.from_linear(nn.Linear(FEATURES, 2), HeadConfig(noise_variance=0.1), target_scale=scale)
+    features, target = randn(rows, FEATURES, seed=1), randn(rows, 2, seed=2) * scale
+    expected = head.predict(features)
+    info, unit = head.update(features, target), head.mean_square_scale
+    variances = (part.diagonal(dim1=-2, dim2=-1) for part in (expected.epistemic, expected.aleatoric))
+    epistemic, aleatoric = (float(part.mean()) for part in variances)
+    assert info.innovation * unit**0.5 == pytest.approx(float((target - expected.mean).square().mean().sqrt()))
+    assert info.epistemic_variance * unit == pytest.approx(epistemic)
+    assert info.predictive_variance * unit == pytest.approx(epistemic + aleatoric)
+
+
+@pytest.mark.parametrize("noise", ["fixed", "learned"])
+def test_a_noise_that_was_set_keeps_its_units_when_the_targets_get_others(noise: str) -> None:
+    head, probe = make_head(2, noise=noise), randn(1, FEATURES, seed=3)
+    cov = torch.tensor([[0.02, 0.01], [0.01, 0.03]], dtype=torch.float64)
+    scale = torch.tensor([2.0, 5.0], dtype=torch.float64)
+    weight, bias = randn(2, FEATURES, seed=4), randn(2, seed=5)
+    head.reset(weight, bias, target_scale=scale)
+    relative = head.noise_cov / head.noise_cov[0, 0]
+    torch.testing.assert_close(relative, torch.eye(2, dtype=torch.float64))  # not set: in units of the scale
+    head.set_noise(cov)
+    head.reset(weight, bias, target_scale=3.0 * scale)
+    torch.testing.assert_close(head.predict(probe).aleatoric[0], cov)
+
+
 def test_reset_returns_to_the_prior_and_keeps_the_noise() -> None:
     layer, head = linear(), make_head()
     fresh = posterior(head)

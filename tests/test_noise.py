@@ -515,3 +515,23 @@ def test_noise_of_zero_is_refused_where_it_is_a_unit(outputs: int) -> None:
 def test_a_bad_configuration_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HeadConfig(**config)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("size", [1.0, 10.0, 100.0])
+def test_noise_too_small_for_float64_is_refused_and_changes_nothing(outputs: int, size: float) -> None:
+    config = HeadConfig(noise_variance=1e-14, last_variance=100.0, robust_dof=4.0)
+    head = BayesianHead.from_linear(torch.nn.Linear(4, outputs), config)
+    before = head.mean.clone(), head.state.dense_cov()
+    for seed in range(3):
+        target = torch.ones(1, outputs)
+        refused = None
+        try:
+            assert head.update(size * randn(1, 4, seed=seed), target).label_weight >= 0.0
+        except UpdateError as error:
+            refused = error
+        if refused is not None:
+            assert "noise" in str(refused)
+            assert torch.equal(head.mean, before[0])
+            assert torch.equal(head.state.dense_cov(), before[1])
+        before = head.mean.clone(), head.state.dense_cov()

@@ -264,11 +264,12 @@ def test_weights_of_another_architecture_change_nothing(settings: dict[str, Any]
     assert not changed(before, weights(subject))
 
 
-def test_a_posterior_that_was_cast_is_not_loaded() -> None:
+@pytest.mark.parametrize("name", ["head.mean", "head.labels_seen"])
+def test_a_posterior_that_was_cast_is_not_loaded(name: str) -> None:
     subject, cast = policy(), policy(seed=1).state_dict()
-    cast["head.mean"] = cast["head.mean"].float()
+    cast[name] = cast[name].float()
     before = weights(subject)
-    with pytest.raises(RuntimeError, match=r"head\.mean is torch\.float32"):
+    with pytest.raises(RuntimeError, match=rf"{name} is torch\.float32"):
         subject.load_state_dict(cast)
     assert not changed(before, weights(subject))
 

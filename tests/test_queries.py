@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from learners import changed, expert, kbt, states, warm_start, weights
 from test_callbacks import curve, events
 
-from kbt_rl import KalmanAdapter, OnlineAdapter
+from kbt_rl import KBT, KalmanAdapter, OnlineAdapter
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.callbacks import Always, IidStream, QueryRule, Random, RecordedStream, UncertainStream, VarianceGate
 from kbt_rl.callbacks.queries import epistemic_variance, noise_variance
@@ -96,6 +98,29 @@ def test_a_delayed_label_is_learned_as_a_prompt_one() -> None:
     prompt.learn(8, callback=KalmanAdapter(None, RecordedStream(rows[:8], labels[:8])))
     late.learn(10, callback=KalmanAdapter(None, RecordedStream(rows, labels), delay=2))
     assert not changed(weights(prompt), weights(late))
+
+
+def test_labels_on_the_way_do_not_reach_another_model_or_another_encoder() -> None:
+    first, second = kbt(), kbt()
+    adapter = KalmanAdapter(expert(), "visited", delay=5)
+    first.learn(10, callback=adapter)
+    assert first.labels_used == 5
+    second.learn(3, callback=adapter)
+    assert second.labels_used == 0
+    second.learn(3, callback=adapter, reset_num_timesteps=False)
+    assert second.labels_used == 1  # asked for in the call before
+    second.start_from(first)
+    second.pretrain_info = copy.copy(first.pretrain_info)  # as after a training of its own
+    second.learn(3, callback=adapter, reset_num_timesteps=False)
+    assert second.labels_used == 0
+
+
+def test_the_gate_takes_the_variance_of_logits_where_labels_have_no_noise() -> None:
+    model = KBT(env=gym.make("kbt_rl/DiscreteInvertedPendulum-v0"), seed=0)
+    features = model.policy.encode(model.policy.start(states(9)))
+    variance = epistemic_variance(model, features)
+    threshold = float(np.median(variance))
+    np.testing.assert_array_equal(VarianceGate(threshold).wants(model, features), variance > threshold)
 
 
 def test_the_gate_asks_where_the_posterior_is_unsure_and_stops_when_it_is_not() -> None:

@@ -62,6 +62,19 @@ def test_the_rival_is_a_kalman_filter_with_the_gradient_of_the_network_at_its_me
         torch.testing.assert_close(filtered(inputs[:, :3]), hidden @ last.mT)
 
 
+def test_the_rivals_uncertainty_is_that_of_its_own_covariance() -> None:
+    filtered, rows = head(), torch.tensor([[0.3, -0.2, 0.5], [1.0, 0.4, -0.6]], dtype=torch.float64)
+    prior = filtered.predict(rows).epistemic[:, 0, 0]
+    for _ in range(20):
+        filtered.update(rows[:1], torch.ones(1, 1))
+    jacobian, output = filtered._linearised(rows[0].numpy())
+    found = filtered.predict(rows)
+    assert float(found.mean[0]) == pytest.approx(output)
+    assert float(found.epistemic[0]) == pytest.approx(jacobian @ filtered._full @ jacobian)
+    assert float(found.epistemic[0]) < 0.01 * float(prior[0])
+    torch.testing.assert_close(filtered.predict_logits(rows).cov, found.epistemic)
+
+
 def test_the_rival_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="one row"):
         head().update(torch.zeros(2, 3), torch.zeros(2, 1))

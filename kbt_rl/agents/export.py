@@ -136,6 +136,8 @@ def _settings(policy: TransformerPolicy) -> dict[str, Any]:
     }
     if isinstance(policy, DecisionTransformerPolicy):
         settings.update(head=asdict(policy.head_config), sampling=policy.sampling)
+        if len(policy.heads) > 1:
+            settings["posteriors"] = len(policy.heads)
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
@@ -243,12 +245,13 @@ def _built(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transf
     }
     if kind is DecisionTransformerPolicy:
         arguments.update(head=HeadConfig(**settings["head"]), sampling=settings["sampling"])
+        arguments["posteriors"] = settings.get("posteriors", 1)
     observations, actions = (_space(name, settings[name], tensors) for name in ("observation_space", "action_space"))
     policy = kind(observations, actions, **arguments)  # type: ignore[arg-type]
     weights = {name.removeprefix(_WEIGHTS): tensors[name] for name in tensors if name.startswith(_WEIGHTS)}
     policy.load_state_dict(weights)
     if isinstance(policy, DecisionTransformerPolicy):
-        smallest = float(policy.head.state.variances().min())
+        smallest = min(float(head.state.variances().min()) for head in policy.heads)
         if not smallest >= 0.0:
             raise ValueError(f"the posterior has the negative variance {smallest:.3g}")
     return policy

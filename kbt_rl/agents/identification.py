@@ -97,8 +97,7 @@ class SelfTuningLQR(LQRExpert):
             mean = posterior.mean
             solution = Solution(riccati_gain(mean, dt, self._state_cost, self._force_cost), mean)
         super().__init__(observation_space, action_space, solution.gain, max_force)
-        if not isinstance(action_space, spaces.Box):
-            raise TypeError(f"identification needs a continuous force; the action space is {action_space}")
+        assert isinstance(action_space, spaces.Box)  # what the regulator takes no other than
         self._box = action_space
         self._posterior, self._solution = copy.deepcopy(posterior), solution
         self._region, self._dt, self._tolerance = box, float(dt), float(tolerance)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.policies import BasePolicy
@@ -73,7 +76,7 @@ class KBT(OnlineAlgorithm):
 
     policy: DecisionTransformerPolicy
     info_type = KBTInfo
-    fallback_limit: float | None = None  # saved, so that loading can say what is missing
+    fallback_limit: float | None = None  # as of the last save, so that loading can say what is missing
 
     def __init__(
         self,
@@ -151,7 +154,16 @@ class KBT(OnlineAlgorithm):
         has no controller; ``load`` warns that one is missing.
         """
         self.policy.set_fallback(fallback)
-        self.fallback_limit = None if fallback is None else fallback.limit
+
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """See ``OnlineAlgorithm.save``; of a fallback controller the file holds that there was one."""
+        self.fallback_limit = None if self.policy.fallback is None else self.policy.fallback.limit
+        super().save(path, exclude, include)
 
     def _after_loading(self) -> None:
         if self.fallback_limit is not None:

@@ -209,7 +209,7 @@ class TransformerPolicy(BasePolicy):
                     f"{name} has shape {tuple(loaded.shape)} in the checkpoint and {tuple(own.shape)} in this policy, "
                     "which has another architecture; see policy_kwargs"
                 )
-            if loaded.dtype != own.dtype and own.dtype == torch.float64:
+            if loaded.dtype != own.dtype and own.dtype in (torch.float64, torch.int64):
                 raise RuntimeError(
                     f"{name} is {loaded.dtype} in the checkpoint; a posterior that was cast is of no use"
                 )

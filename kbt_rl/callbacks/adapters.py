@@ -70,6 +70,7 @@ class OnlineAdapter(BaseCallback):
         self.asked = self.saved = 0
         self._on_the_way: deque[tuple[int, Sample]] = deque()
         self._step = 0
+        self._run: tuple[OnlineAlgorithm, object] | None = None
         if expert is None and not self.stream.labelled:
             raise ValueError("this stream brings no labels; pass an expert")
         self.expert, self.check_expert = expert, check_expert
@@ -89,6 +90,10 @@ class OnlineAdapter(BaseCallback):
     def _on_training_start(self) -> None:
         self.stream.check(self.model)
         self.query.check(self.model)
+        run = self.model, self.model.pretrain_info
+        if self._run is None or any(now is not before for now, before in zip(run, self._run, strict=True)):
+            self._on_the_way.clear()  # asked for another model, or for features of another encoder
+        self._run = run
 
     def _check_plant(self, expert: Expert) -> None:
         """An expert of another plant, or of another force limit, is almost always a mistake."""
@@ -145,7 +150,11 @@ class OnlineAdapter(BaseCallback):
         elapsed = time.perf_counter() - started
         if info.labels:
             self.logger.record_mean("kalman/update_ms", 1e3 * elapsed)
+            self._after_update(info)
             self._record(info)
+
+    def _after_update(self, info: LearnerInfo) -> None:
+        """Hook: react to an update that had labels."""
 
     def _record(self, info: LearnerInfo) -> None:
         """Log what an update told."""
@@ -197,6 +206,11 @@ class KalmanAdapter(OnlineAdapter):
             )
         self.strategy.attach(self.model)
 
+    def _after_update(self, info: LearnerInfo) -> None:
+        if self.strategy is not None:
+            assert isinstance(info, KBTInfo)
+            self.strategy.after_update(self.model, info)
+
     def _record(self, info: LearnerInfo) -> None:
         super()._record(info)
         assert isinstance(info, KBTInfo)
@@ -209,7 +223,6 @@ class KalmanAdapter(OnlineAdapter):
             self.logger.record_mean("kalman/noise_variance", info.predictive_variance - info.epistemic_variance)
             self.logger.record_mean("kalman/label_weight", info.label_weight)
         if self.strategy is not None:
-            self.strategy.after_update(self.model, info)
             self.logger.record("kalman/alarms", self.strategy.alarms)
 
     def _record_trust(self, info: KBTInfo) -> None:

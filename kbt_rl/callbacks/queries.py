@@ -62,7 +62,8 @@ class VarianceGate(QueryRule):
 
     Args:
         threshold: Epistemic over noise variance, averaged over the outputs, from which to ask. At 1 a label and the
-            posterior are equally good; below 0.1 a label changes the prediction by less than a tenth of its error.
+            posterior are equally good; below 0.1 a label changes the prediction by less than a tenth of its error. With
+            discrete actions the variance of the logits.
     """
 
     def __init__(self, threshold: float = 1.0) -> None:
@@ -99,11 +100,16 @@ def epistemic_variance(model: OnlineAlgorithm, features: Tensor, each: int = 1) 
 def noise_variance(model: OnlineAlgorithm) -> npt.NDArray[Any]:
     """Average noise variance of the outputs of each posterior in the head's own units, ``(posteriors,)``.
 
+    1 with the softmax link, whose labels have no noise variance: what is compared with it is the variance of logits.
+
     Raises:
         TypeError: The model has no posterior.
         ValueError: A noise variance is 0.
     """
-    variances = np.array([float(head.noise_cov.diagonal().mean()) for head in _heads_of(model)])
+    heads = _heads_of(model)
+    if heads[0].rule.link == "softmax":
+        return np.ones(len(heads))
+    variances = np.array([float(head.noise_cov.diagonal().mean()) for head in heads])
     if not (variances > 0.0).all():
         raise ValueError("the head's noise variance is 0, so nothing is small beside it; set_noise to what labels have")
     return variances

@@ -16,6 +16,7 @@ from torch import Tensor
 from kbt_rl.inference.acting import ActingView
 from kbt_rl.inference.density import scalar_log_density
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.record import UpdateInfo
 
 Array = npt.NDArray[Any]
@@ -48,6 +49,14 @@ class EKFHead(BayesianHead):
         nis = innovation**2 / predictive
         density = scalar_log_density(nis, predictive)
         return UpdateInfo(abs(innovation), nis, epistemic, predictive, smallest, 1, log_density=density)
+
+    def _moments(self, features: Tensor, outputs: Array) -> Gaussian:
+        """Of the linearised network, under the filter's own covariance."""
+        cov = self.state.dense_cov().numpy() if self._full is None else self._full
+        found = [self._linearised(row) for row in self.standardise(features).numpy()]
+        mean = np.array([[mean] for _, mean in found]) * outputs
+        variance = np.array([[[jacobian @ cov @ jacobian]] for jacobian, _ in found]) * outputs**2
+        return Gaussian(torch.from_numpy(mean), torch.from_numpy(variance))
 
     def _linearised(self, row: Array) -> tuple[Array, float]:
         """Gradient of the output with respect to all weights, ``(P,)``, and the output, both at the mean weights."""

@@ -31,8 +31,6 @@ from kbt_rl.inference.head import BayesianHead
 
 FloatArray = npt.NDArray[np.float64]
 NOMINAL_ID = "kbt_rl/InvertedPendulum-v0"
-# Labels without noise are learned with this variance, in units of the pre-training labels' variance.
-NOISE_FLOOR = HeadConfig().noise_variance
 
 
 def pretrain(seed: int, config: PretrainConfig, path: Path | None = None) -> KBT:
@@ -46,9 +44,7 @@ def pretrain(seed: int, config: PretrainConfig, path: Path | None = None) -> KBT
     model.start_from(cloner)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}")
-        model.save(beside)
-        beside.replace(path)
+        model.save(path)
     return model
 
 

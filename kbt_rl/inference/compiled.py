@@ -1,7 +1,7 @@
-"""The commonest update, one row through a head of one or two layers, by the functions of ``kernels``.
+"""Rows one by one through a head of one or two layers, to learn, act and predict, by the functions of ``kernels``.
 
-numba is an extra (``pip install "kbt_rl[fast]"``). Without it, and for several rows, deeper heads, uncertain features
-or another device, the same update goes the general way through PyTorch.
+numba is an extra (``pip install "kbt_rl[fast]"``). Without it, and for joint updates of several rows, deeper heads,
+uncertain features or another device, the same is done the general way through PyTorch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RowEngine:
     """Machine code bound to the memory of one posterior, for one row at a time.
 
     Attributes:
-        propagates: Whether ``propagate`` and ``learn`` serve this head; ``commit`` serves every one of two layers.
+        propagates: Whether ``propagate``, ``predict`` and ``learn`` serve this head; ``commit`` always does.
     """
 
     def __init__(self, state: HeadState, code: ModuleType) -> None:

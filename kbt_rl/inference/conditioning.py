@@ -33,16 +33,21 @@ class Conditioned(NamedTuple):
 
 
 def condition(
-    output: Gaussian, target: Tensor, rule: OutputRule, noise_cov: Tensor, belief: NoiseBelief | None
+    output: Gaussian,
+    target: Tensor,
+    rule: OutputRule,
+    noise_cov: Tensor,
+    belief: NoiseBelief | None,
+    weights: Tensor | None = None,
 ) -> Conditioned:
     """Condition the outputs of rows on their targets; the arguments are those of ``update.increment``."""
     if belief is None:
         step = rule.condition(output, target, noise_cov)
-        return Conditioned(step, _describe(output, step, noise_cov, 1.0), None)
+        return Conditioned(step, _describe(output, step, noise_cov, 1.0, weights), None)
     error = (target - output.mean.view_as(target)).cpu().numpy()
     judged = belief.model.judge(error, output.cov.cpu().numpy(), belief.estimate)
     step = _as_conditioning(output, target, judged)
-    return Conditioned(step, _describe(output, step, noise_cov, judged.weight), judged.estimate)
+    return Conditioned(step, _describe(output, step, noise_cov, judged.weight, weights), judged.estimate)
 
 
 def _as_conditioning(output: Gaussian, target: Tensor, judged: Judgement) -> Conditioning:
@@ -53,15 +58,20 @@ def _as_conditioning(output: Gaussian, target: Tensor, judged: Judgement) -> Con
     return Conditioning(mean_step, factor, -torch.ones_like(innovation), innovation, nis, log_density)
 
 
-def _describe(output: Gaussian, step: Conditioning, noise_cov: Tensor, label_weight: float) -> UpdateInfo:
+def _describe(
+    output: Gaussian, step: Conditioning, noise_cov: Tensor, label_weight: float, weights: Tensor | None
+) -> UpdateInfo:
     """The record of the update, as floats; the smallest variance is still to come."""
-    labels = step.innovation.numel()
-    epistemic = float(output.cov.trace()) / labels
+    labels, o = step.innovation.numel(), len(noise_cov)
+    squares, epistemic, noise = step.innovation.square().view(-1, o), output.cov.diagonal(), noise_cov.diagonal()
+    if weights is not None:
+        squares, epistemic, noise = squares * weights, epistemic.view(-1, o) * weights, noise * weights
+    variance = float(epistemic.sum()) / labels
     return UpdateInfo(
-        innovation=math.sqrt(float(step.innovation @ step.innovation) / labels),
+        innovation=math.sqrt(float(squares.sum()) / labels),
         nis=float(step.nis),
-        epistemic_variance=epistemic,
-        predictive_variance=epistemic + float(noise_cov.trace()) / len(noise_cov),
+        epistemic_variance=variance,
+        predictive_variance=variance + float(noise.sum()) / o,
         smallest_variance=math.nan,
         labels=labels,
         label_weight=label_weight,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from kbt_rl.inference import update as functional
 from kbt_rl.inference.acting import ActingView, acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.history import Record, Undo
-from kbt_rl.inference.moments import Gaussian, softmax_jacobian, softmax_moments
+from kbt_rl.inference.moments import Gaussian, softmax_moments
 from kbt_rl.inference.noise import NoiseEstimate
 from kbt_rl.inference.posterior import Posterior
 from kbt_rl.inference.record import Increment, UpdateInfo, merge
@@ -108,15 +107,14 @@ class BayesianHead(Posterior):
         if actor is None or not 0 < len(features) <= _FEW_ROWS or features.shape[1:] != (self.in_features,):
             return view_mean(view, self.standardise(features))
         memory = self._memory()
-        rows = memory.take(features).astype(np.float64, copy=False)
-        return torch.from_numpy(actor(memory.centre, memory.scale, rows))
+        return torch.from_numpy(actor(memory.centre, memory.scale, memory.rows(features)))
 
     def predict(self, features: Tensor) -> Prediction:
         """Distribution of the target for each row of ``features``, ``(N, d)``."""
         if self.rule.link == "softmax":
             logits = self.predict_logits(features)
             moments = softmax_moments(logits)
-            return Prediction(moments.mean, moments.cov, softmax_jacobian(moments.mean))
+            return Prediction(moments.mean, moments.cov, moments.jacobian)
         memory = self._memory()
         with self._lock:
             mean, epistemic = self._moments(features, memory.outputs)
@@ -173,8 +171,9 @@ class BayesianHead(Posterior):
             )
         memory = self._memory()
         return functional.increment(
-            memory.state, torch.as_tensor(rows), torch.as_tensor(labels), self.rule, memory.noise_cov, memory.belief()
-        )
+            memory.state, torch.as_tensor(rows), torch.as_tensor(labels), self.rule, memory.noise_cov, memory.belief(),
+            memory.weights(),
+        )  # fmt: skip
 
     def apply_increment(self, step: Increment) -> None:
         """Add an increment to the posterior, in place, and take over what it makes of the noise."""
@@ -208,7 +207,7 @@ class BayesianHead(Posterior):
         engine = memory.state.engine if count == 1 else None
         if engine is not None and engine.propagates:
             belief = None if memory.noise_model is None else memory.belief()
-            row = row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov, belief)
+            row = row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov, belief, memory.weights())
             with self._changing():
                 engine.commit(row.mean_step, row.factor, row.signs)
                 memory.keep(row.noise)
@@ -218,10 +217,10 @@ class BayesianHead(Posterior):
         successive = count > functional.MAX_JOINT_ROWS
         state = memory.state.clone() if successive else memory.state
         steps: list[Increment] = []
-        noise_cov, belief = memory.noise_cov, memory.belief()
+        noise_cov, belief, weights = memory.noise_cov, memory.belief(), memory.weights()
         blocks = (torch.as_tensor(values).split(functional.MAX_JOINT_ROWS) for values in (all_rows, all_labels))
         for rows, labels in zip(*blocks, strict=True):
-            step = functional.increment(state, rows, labels, self.rule, noise_cov, belief)
+            step = functional.increment(state, rows, labels, self.rule, noise_cov, belief, weights)
             if successive:
                 functional.apply(state, step)
             steps.append(step)

@@ -25,9 +25,9 @@ def interrupts_deferred() -> Iterator[None]:
     before = _signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
     try:
         yield
-    finally:
+    finally:  # also after an error, which the interrupt then carries along
         _signal.signal(signal.SIGINT, before)
-    if pending and callable(before):
-        before(*pending[0])
-    elif pending and before == signal.SIG_DFL:
-        signal.raise_signal(signal.SIGINT)
+        if pending and callable(before):
+            before(*pending[0])
+        elif pending and before == signal.SIG_DFL:
+            signal.raise_signal(signal.SIGINT)

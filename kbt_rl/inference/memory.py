@@ -1,4 +1,4 @@
-"""The buffers of a head as its updates use them: NumPy arrays on their memory on the CPU, tensors elsewhere.
+"""The buffers of a head as it computes with them: NumPy arrays on their memory on the CPU, tensors elsewhere.
 
 At the size of the paper's head a PyTorch call costs more than its arithmetic, and NumPy's cost a third of it.
 """
@@ -92,7 +92,7 @@ class Memory:
         rows, labels = self.take(features), self.take(target)
         if rows.shape != (1, len(self.centre)) or labels.shape != (1, 1):
             return None
-        row = rows[0].astype(np.float64, copy=False)
+        row = _for_machine_code(rows[0])
         label, noise = float(labels[0, 0]) / float(self.outputs[0]), float(self._noise[0][0, 0])
         units = self.centre, self.scale, self.labels_seen.reshape(1)
         return learn_row(engine, units, row, label, noise, self._replacing)
@@ -104,8 +104,7 @@ class Memory:
             return None
         if not 0 < len(features) <= self._most_rows:
             return None
-        rows = self.take(features).astype(np.float64, copy=False)
-        mean, cov = engine.predict(self.centre, self.scale, outputs, rows)
+        mean, cov = engine.predict(self.centre, self.scale, outputs, self.rows(features))
         return Gaussian(torch.from_numpy(mean), torch.from_numpy(cov))
 
     def noise_of_target(self) -> Tensor:
@@ -114,6 +113,13 @@ class Memory:
         if not self.on_cpu:
             return noise * (outputs.unsqueeze(-1) * outputs)  # type: ignore[no-any-return]
         return torch.from_numpy(noise * (outputs[:, None] * outputs))
+
+    def weights(self) -> Tensor | None:
+        """Squared scales of the outputs over their mean, ``(o,)``; None where they are equal."""
+        outputs = torch.as_tensor(self.outputs)
+        if len(outputs) == 1 or bool((outputs == outputs[0]).all()):
+            return None
+        return outputs.square() / outputs.square().mean()
 
     def belief(self) -> NoiseBelief | None:
         """What is thought of the noise, as a copy; None where it is known and Gaussian."""
@@ -146,12 +152,21 @@ class Memory:
             raise TypeError(f"features or target hold {array.dtype}; expected real numbers")
         return array
 
+    def rows(self, features: Tensor | Array) -> Array:
+        """Features on the CPU as machine code takes them, ``(N, d)``."""
+        return _for_machine_code(self.take(features))
+
     def finite(self, features: Any, target: Any) -> bool:
         """Whether no entry is NaN or infinite."""
         if self.on_cpu and math.isfinite(np.vdot(features, features) + np.vdot(target, target)):
             return True  # the usual case; a huge but finite entry is looked at again
         total = float(abs(features).max()) + float(abs(target).max())
         return math.isfinite(total)
+
+
+def _for_machine_code(array: Array) -> Array:
+    """A copy, contiguous, writeable and in float64: numba would compile anew, for seconds, for any other kind."""
+    return np.array(array, np.float64, order="C")
 
 
 def _as_array(values: Tensor | Array) -> Array:

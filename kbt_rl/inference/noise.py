@@ -40,6 +40,10 @@ NOISES = ("fixed", "learned")
 STATISTICS = ("innovation", "variational")
 # One update takes away at most this share of the estimate, however little has been seen.
 _LARGEST_CUT = 0.5
+_TOO_SMALL = (
+    "the label noise is too small beside the variance of the prediction to weigh a label in float64; the posterior is "
+    "unchanged. Raise the noise variance or lower the prior"
+)
 # Fixed-point iterations of the variational learner within one update.
 _ITERATIONS = 2
 
@@ -134,8 +138,11 @@ class NoiseModel:
             info = 1.0 / (variance + used)
             return info * error, info, 1.0, learned, labels
         move, info = self.student.scalar(error, variance, used)
+        left = 1.0 - variance * info
+        if not left > 0.0:
+            raise UpdateError(_TOO_SMALL)
         # The precision that alone gives this information, over that of an ordinary label.
-        return move, info, used * info / (1.0 - variance * info), learned, labels
+        return move, info, used * info / left, learned, labels
 
     def _innovation_scalar(self, square: float, variance: float, noise: float, labels: float) -> tuple[float, float]:
         share = noise / (variance + noise)
@@ -223,7 +230,10 @@ class NoiseModel:
             whitener = np.linalg.inv(_cholesky(noise))
             sites = [Site(whitener.T, whitener.T @ (whitener @ row), 1.0) for row in error]
         else:
-            sites = [self.student.site(error[b], block, noise) for b, block in enumerate(own)]
+            try:
+                sites = [self.student.site(error[b], block, noise) for b, block in enumerate(own)]
+            except np.linalg.LinAlgError as problem:
+                raise UpdateError(_TOO_SMALL) from problem
         root = np.zeros((rows * o, rows * o))
         for b, site in enumerate(sites):
             root[b * o : (b + 1) * o, b * o : (b + 1) * o] = site.root

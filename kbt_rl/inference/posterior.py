@@ -59,14 +59,13 @@ class Posterior(nn.Module):
         self._cov_names = tuple(f"cov_{index}" for index in range(len(prior)))
         for name, block in zip(self._cov_names, prior, strict=True):
             self.register_buffer(name, block)
-        self.register_buffer("noise_cov", torch.zeros(out_features, out_features, dtype=torch.float64))
         self.register_buffer("feature_mean", torch.zeros(in_features, dtype=torch.float64))
         self.register_buffer("feature_scale", torch.ones(in_features, dtype=torch.float64))
         self.register_buffer("target_scale", torch.ones(out_features, dtype=torch.float64))
         self.register_buffer("labels_seen", torch.zeros((), dtype=torch.int64))
         self.noise_model = NoiseModel.of(self.config, out_features)
         self.learns_noise = self.config.noise == "learned"
-        self.noise_cov.diagonal().fill_(self.config.noise_start if self.learns_noise else self.config.noise_variance)
+        self.register_buffer("noise_cov", self._configured_noise())
         if self.learns_noise:
             self.register_buffer("noise_start_cov", self.noise_cov.clone())
             self.register_buffer("noise_labels", torch.full((), self.config.noise_labels, dtype=torch.float64))
@@ -84,7 +83,8 @@ class Posterior(nn.Module):
     ) -> None:
         """Return to the prior that reproduces ``weight @ h + bias``; what was learned is forgotten.
 
-        A noise that was set stays; one that was learned starts again from what was set, or from the configuration.
+        A noise that was set stays, in units of the target; one that was learned starts again from what was set, or from
+        the configuration, whose variances are in units of ``target_scale`` squared.
         """
         weight = _finite("weight", weight, (self.out_features, self.in_features), self.mean)
         bias = _finite("bias", bias, (self.out_features,), self.mean)
@@ -98,6 +98,9 @@ class Posterior(nn.Module):
         bias = bias + weight @ centre
         means = prior_means(weight * scale / outputs.unsqueeze(-1), bias / outputs, self.spec.shapes)
         mean, priors = torch.cat([mean.flatten() for mean in means]), self._prior_cov()
+        start = self.noise_start_cov if self.learns_noise else self.noise_cov
+        if not torch.equal(start, self._configured_noise()):  # it was set, for targets in their own units
+            start = start * self._target_square() / (outputs.unsqueeze(-1) * outputs)
         with self._changing():
             self.mean.copy_(mean)
             for block, prior in zip(self._cov(), priors, strict=True):
@@ -106,9 +109,15 @@ class Posterior(nn.Module):
             self.feature_scale.copy_(scale)
             self.target_scale.copy_(outputs)
             self.labels_seen.zero_()
+            self.noise_cov.copy_(start)
             if self.learns_noise:
-                self.noise_cov.copy_(self.noise_start_cov)
+                self.noise_start_cov.copy_(start)
                 self.noise_labels.fill_(self.config.noise_labels)
+
+    def _configured_noise(self) -> Tensor:
+        """Covariance of the label noise before one was set, ``(o, o)``."""
+        variance = self.config.noise_start if self.learns_noise else self.config.noise_variance
+        return torch.diag(torch.full_like(self.target_scale, variance))
 
     def set_noise(self, noise: float | Tensor) -> None:
         """Set the label noise: one variance for all outputs, or a covariance ``(o, o)``, in squared target units.
@@ -210,7 +219,7 @@ class Posterior(nn.Module):
         )
 
     def _memory(self) -> Memory:
-        """The buffers as ``_checked`` and ``update`` use them; made anew when one of them was replaced."""
+        """The buffers as the head computes with them; made anew when one of them was replaced."""
         memory, buffers = self._bound, tuple(self._buffers.values())
         if memory is None or not all(map(is_, memory.buffers, buffers)):
             recorded = self._history is not None

@@ -17,7 +17,10 @@ KEPT = 1.0 - 8.0 * torch.finfo(torch.float64).eps
 
 
 class UpdateInfo(NamedTuple):
-    """What one update saw, in target units. Variances are those of the targets before the update, averaged.
+    """What one update saw, in the head's own units. Variances are those of the targets before the update, averaged.
+
+    Averages over outputs weigh each by its squared ``target_scale``, so that times ``Posterior.mean_square_scale`` they
+    are the averages in units of the target.
 
     Attributes:
         innovation: Root mean square of target minus predicted mean.

@@ -48,13 +48,14 @@ def row_step(
     rule: OutputRule,
     noise_cov: Tensor,
     belief: NoiseBelief | None = None,
+    weights: Tensor | None = None,
 ) -> RowStep:
     """``increment`` for one row ``(d,)`` and its target ``(1, o)``, with the forward pass in machine code."""
     row = engine.propagate(features)
     if target.shape[1] == 1 and belief is not None:
         return _judged_scalar_step(engine, row, float(target[0, 0]), belief)
     output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
-    step, info, noise = condition(output, torch.from_numpy(target), rule, noise_cov, belief)
+    step, info, noise = condition(output, torch.from_numpy(target), rule, noise_cov, belief, weights)
     factor = np.ascontiguousarray(step.cov_factor.numpy())
     moved, moves, total, smallest = engine.weight_step(row, step.mean_step.numpy(), factor, step.signs.numpy(), KEPT)
     info = info._replace(smallest_variance=smallest)

@@ -1,7 +1,8 @@
-"""One update of the posterior: an increment computed by pure functions, and the one function that applies it.
+"""One update of the posterior, as it is defined: an increment computed by pure functions, and how it is applied.
 
-``increment`` does everything that can fail and changes nothing; ``apply`` is the only mutation and is one in-place
-product of low rank. An increment is small enough to log, send or take back.
+``increment`` does everything that can fail and changes nothing; ``apply`` adds it in place, by a product of low rank.
+An increment is small enough to log, send or take back. The commonest update, one row with one label, goes the same way
+in one call of machine code (``rows.learn_row``).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def increment(
     rule: OutputRule,
     noise_cov: Tensor,
     belief: NoiseBelief | None = None,
+    weights: Tensor | None = None,
 ) -> Increment:
     """What one joint update on rows ``(B, d)`` with targets ``(B, o)`` would add to the posterior.
 
@@ -59,15 +61,16 @@ def increment(
         rule: How the target conditions the output.
         noise_cov: Covariance of the label noise before the update, ``(o, o)``.
         belief: Where the noise is learned or has heavy tails, the model and the same covariance as its estimate.
+        weights: Of the outputs in the record's averages, ``(o,)``, 1 on average; None for equal ones.
 
     Raises:
         UpdateError: The update would not be finite or would make a variance negative. Nothing has changed.
     """
     engine = state.engine if len(features) == 1 else None
     if engine is not None and engine.propagates:
-        return row_step(engine, features[0].numpy(), target.numpy(), rule, noise_cov, belief).as_increment()
+        return row_step(engine, features[0].numpy(), target.numpy(), rule, noise_cov, belief, weights).as_increment()
     output, cross_cov = propagate(state, features)
-    step, info, noise = condition(output, target, rule, noise_cov, belief)
+    step, info, noise = condition(output, target, rule, noise_cov, belief, weights)
     # One pass over the cross-covariance for the mean and the covariance.
     moves = cross_cov @ torch.cat([step.mean_step.unsqueeze(-1), step.cov_factor], dim=-1)
     mean_step, factor = moves[:, 0], moves[:, 1:]
