@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.accuracy import Score
 from benchmarks.peers import STRUCTURES
-from benchmarks.speed import Row
+from benchmarks.speed import INDEPENDENT, Row
 
 matplotlib.use("Agg")
 
@@ -75,6 +75,8 @@ def _page(rows: Sequence[Row], scores: Sequence[Score], about: dict[str, Any]) -
             for row in own
         ]  # fmt: skip
         lines += _table(heads, body)
+        if group == INDEPENDENT:
+            lines += _throughput(own)
     for task in dict.fromkeys(each.task for each in scores):
         own = [each for each in scores if each.task == task]
         seeds = sorted({each.seed for each in own})
@@ -88,6 +90,17 @@ def _page(rows: Sequence[Row], scores: Sequence[Score], about: dict[str, Any]) -
     if about["missing"]:
         lines += ["## Not run", "", *(f"- {name}: {reason}" for name, reason in about["missing"].items()), ""]
     return lines
+
+
+def _throughput(rows: Sequence[Row]) -> list[str]:
+    """Microseconds a head, and how many times the loop's throughput one call has."""
+    taken = {(row.structure, row.rows, "loop" in row.name, row.threads): row.median_us / row.rows for row in rows}
+    body = []
+    for structure, count in dict.fromkeys((row.structure, row.rows) for row in rows):
+        loop, one, two = (taken[(structure, count, *way)] for way in ((True, 1), (False, 1), (False, 2)))
+        body.append((structure, count, *map(_number, (loop, one, two, loop / one, loop / two))))
+    heads = ("structure", "heads", "loop, us a head", "one call", "two threads", "times the loop", "two threads")
+    return _table(heads, body)
 
 
 def _range(values: Sequence[float]) -> str:

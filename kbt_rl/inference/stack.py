@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -42,10 +41,13 @@ class HeadStack:
     Args:
         heads: Of one kind, with machine code (see ``serves``).
         code: The machine code.
+
+    Attributes:
+        whole: Whether no head has left for memory of its own.
     """
 
     def __init__(self, heads: Sequence[Posterior], code: ModuleType) -> None:
-        head, self._code, self._heads = heads[0], code, tuple(heads)
+        head, self._code, self._heads, self.whole = heads[0], code, tuple(heads), True
         names = tuple(head._buffers)
         # A buffer that is made in inference mode could never be changed outside of it.
         with torch.inference_mode(False):
@@ -57,8 +59,8 @@ class HeadStack:
                 with each._lock:
                     for name, array in self._arrays.items():
                         each._buffers[name] = torch.from_numpy(array[index, ...])
+                    each._stack = self
         self._parts = [each._buffers for each in heads]
-        self._tensors = list(chain.from_iterable(part.values() for part in self._parts))
         self._counters = [each.mean for each in heads]
         spec, means = head.spec, self._arrays["mean"]
         layers, weights = len(spec.shapes), means.shape[1]
@@ -85,10 +87,13 @@ class HeadStack:
         return self._arrays[name]
 
     def holds(self, heads: Sequence[Posterior]) -> bool:
-        """Whether these are the heads, and all their buffers still on this memory."""
-        if len(heads) != len(self._heads) or not all(map(is_, heads, self._heads)):
+        """Whether these are the heads, and all their buffers still on this memory.
+
+        A head that gets another buffer says so; ``torch.func.functional_call``, which does not ask, swaps all of them.
+        """
+        if not self.whole or len(heads) != len(self._heads) or not all(map(is_, heads, self._heads)):
             return False
-        return all(map(is_, self._tensors, chain.from_iterable(part.values() for part in self._parts)))
+        return all(map(is_, self._counters, map(itemgetter("mean"), self._parts)))
 
     def means(self, features: Array, threads: int) -> Array:
         """Mean logits ``(H, o)`` for one row a head."""
