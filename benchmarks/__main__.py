@@ -47,6 +47,8 @@ class Bench:
             parts.append((f"paper's head, {threads} threads", lambda n=threads: rows.extend(_threads(n, seconds))))
         largest = 128 if self.quick else 1024
         parts.append(("sweeps", lambda: rows.extend(speed.sweeps(seconds / 6, largest))))
+        fleet = 64 if self.quick else 4096
+        parts.append((speed.INDEPENDENT, lambda: rows.extend(speed.independent_heads(seconds / 3, fleet))))
         parts.append(("samples seen", lambda: rows.extend(speed.samples_seen(seconds, 10**4 if self.quick else 10**6))))
         for seed in seeds:
             tasks = {

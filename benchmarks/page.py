@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 from benchmarks.accuracy import Score
 from benchmarks.blocks import BlockRow
 from benchmarks.peers import STRUCTURES
-from benchmarks.speed import Row
+from benchmarks.speed import INDEPENDENT, Row
 
 matplotlib.use("Agg")
 
@@ -84,6 +84,8 @@ def _page(
         lines += _table(heads, body)
         if group == "width":
             lines += _growth(own)
+        if group == INDEPENDENT:
+            lines += _throughput(own)
     for task in dict.fromkeys(each.task for each in scores):
         own = [each for each in scores if each.task == task]
         seeds = sorted({each.seed for each in own})
@@ -124,6 +126,17 @@ def _blocks(compared: Sequence[BlockRow]) -> list[str]:
         body.append((task, rows, block, *(_range([getattr(each, name) for each in own]) for name in names)))
     heads = ("task", "rows", "block", "error", "difference of the means, joint sds", "sd over the joint update's")
     return [*lines, *_table(heads, body)]
+
+
+def _throughput(rows: Sequence[Row]) -> list[str]:
+    """Microseconds a head, and how many times the loop's throughput one call has."""
+    taken = {(row.structure, row.rows, "loop" in row.name, row.threads): row.median_us / row.rows for row in rows}
+    body = []
+    for structure, count in dict.fromkeys((row.structure, row.rows) for row in rows):
+        loop, one, two = (taken[(structure, count, *way)] for way in ((True, 1), (False, 1), (False, 2)))
+        body.append((structure, count, *map(_number, (loop, one, two, loop / one, loop / two))))
+    heads = ("structure", "heads", "loop, us a head", "one call", "two threads", "times the loop", "two threads")
+    return _table(heads, body)
 
 
 def _range(values: Sequence[float]) -> str:

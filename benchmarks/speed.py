@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,10 +19,14 @@ from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.experiments.learners import NOMINAL_ID
+from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 
 _MEMORY = 20
+# A head is there in the loop, in the batch, and once more while the batch stacks it.
+_COPIES, _MOST_BYTES = 3, 2 * 10**9
+INDEPENDENT = "independent heads"
 
 
 class Row(NamedTuple):
@@ -35,13 +40,13 @@ class Row(NamedTuple):
         width: Hidden units.
         layers: Depth.
         outputs: Outputs.
-        rows: Rows in one update.
+        rows: Rows in one update, or independent heads with a row each.
         weights: Number of weights of the head.
         stored_bytes: Size of the covariance as this library stores it.
         median_us: Microseconds of a call, median.
         p99_us: 99th percentile.
         limit_us: What the machine's memory and cores would need at best, NaN where no formula is given.
-        threads: Threads of PyTorch.
+        threads: Threads of PyTorch, or those that share out independent heads.
     """
 
     group: str
@@ -178,6 +183,43 @@ def sweeps(seconds: float, largest: int) -> list[Row]:
         key: in_turns({key[0]: _updates(head, rows)}, seconds)[key[0]] for key, (head, rows) in cases.items()
     }  # each alone: a wide one would empty the caches of the others
     return [_row(key[0].split()[0], key[0], timings[key], head, rows) for key, (head, rows) in cases.items()]
+
+
+def independent_heads(seconds: float, largest: int) -> list[Row]:
+    """Heads that each learn from a row of their own: a loop over them, and one call on one thread and on two."""
+    found: list[Row] = []
+    for structure in STRUCTURES:
+        head = head_of(structure)
+        stored = 8 * sum(block.numel() for block in head.state.cov)
+        for count in (1, 4, 16, 64, 256, 1024, 4096):
+            if count > largest or count * stored * _COPIES > _MOST_BYTES:
+                break
+            calls = _fleet(head, count)
+            timings = in_turns(calls, seconds, burst=1, warm_up=1)
+            work = update_work(structure, tuple((shape.n, shape.k) for shape in head.state.spec.shapes))
+            limit = 1e6 * count * work.seconds(limits(count * work.stored_bytes))
+            for name, threads in (("loop", 1), ("one call", 1), ("one call", 2)):
+                row = _row(INDEPENDENT, f"{structure}, {count}, {name}", timings[f"{name}, {threads}"], head)
+                found.append(row._replace(rows=count, limit_us=limit / threads, threads=threads))
+    return found
+
+
+def _fleet(head: BayesianHead, count: int) -> dict[str, Callable[[], Any]]:
+    loop, batch = [copy.deepcopy(head) for _ in range(count)], HeadBatch(copy.deepcopy(head) for _ in range(count))
+    rng, turn = np.random.default_rng(0), iter(range(10**9))
+    features, labels = rng.standard_normal((16, count, 16)), rng.standard_normal((16, count, 1))
+
+    def one_by_one() -> None:
+        i = next(turn) % 16
+        for index, each in enumerate(loop):
+            each.update(features[i, index : index + 1], labels[i, index : index + 1])
+
+    def at_once(threads: int) -> None:
+        i = next(turn) % 16
+        batch.threads = threads
+        batch.update(features[i], labels[i])
+
+    return {"loop, 1": one_by_one, "one call, 1": lambda: at_once(1), "one call, 2": lambda: at_once(2)}
 
 
 def samples_seen(seconds: float, total: int) -> list[Row]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kbt_rl.agents.warm_start import WarmStart
     from kbt_rl.callbacks import KalmanAdapter, OnlineAdapter
     from kbt_rl.envs import InvertedPendulumParams
+    from kbt_rl.inference.batch import HeadBatch
     from kbt_rl.inference.config import HeadConfig
     from kbt_rl.inference.head import BayesianHead
     from kbt_rl.models.decision_transformer import DecisionTransformerConfig
@@ -35,6 +36,7 @@ __all__ = [
     "DecisionTransformerConfig",
     "DecisionTransformerPolicy",
     "Fallback",
+    "HeadBatch",
     "HeadConfig",
     "InvertedPendulumParams",
     "KalmanAdapter",
@@ -51,6 +53,7 @@ _MODULE_OF = {
     "DecisionTransformerConfig": "kbt_rl.models.decision_transformer",
     "DecisionTransformerPolicy": "kbt_rl.agents.policies",
     "Fallback": "kbt_rl.agents.fallback",
+    "HeadBatch": "kbt_rl.inference.batch",
     "HeadConfig": "kbt_rl.inference.config",
     "InvertedPendulumParams": "kbt_rl.envs",
     "KalmanAdapter": "kbt_rl.callbacks",

@@ -16,7 +16,7 @@ from benchmarks import accuracy, blocks, page
 from benchmarks.clock import in_turns
 from benchmarks.machine import Limits, update_work
 from benchmarks.peers import STRUCTURES, Head, RankOne
-from benchmarks.speed import Row, head_of
+from benchmarks.speed import INDEPENDENT, Row, head_of
 from kbt_rl.inference.config import HeadConfig
 
 
@@ -89,6 +89,8 @@ def test_the_choice_looks_at_the_samples_only() -> None:
 
 def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
     rows = [Row("width", "width 32, joint", "joint", 16, 32, 2, 1, 1, 577, 1000, 300.0, 400.0, 200.0, 1)]
+    for name, threads, median in (("loop", 1, 800.0), ("one call", 1, 100.0), ("one call", 2, 50.0)):
+        rows.append(rows[0]._replace(group=INDEPENDENT, name=name, rows=4, threads=threads, median_us=median))
     rows.append(rows[0]._replace(group="paper's head", name="encoder", weights=0, limit_us=math.nan))
     scores = [accuracy.Score("toy", "KBT joint", seed, 0.1, 0.95, 0.8, "1e-5") for seed in (0, 1)]
     compared = [blocks.BlockRow("toy", seed, 128, 8, 0.125, 0.25, 0.5) for seed in (0, 1)]
@@ -96,6 +98,7 @@ def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
     written = page.write(tmp_path, rows, scores, compared, {**about, "missing": {"TAGI": "no MPI"}})
     text = written.read_text(encoding="utf-8")
     assert "- TAGI: no MPI" in text
+    assert "| joint | 4 | 200 | 25 | 12.5 | 8 | 16 |" in text
     assert "| width 32, joint | 577 | 1 | 1 | 300 | 400 | 1.3 | 200 | 1.5 |" in text
     assert "| toy | 128 | 8 | 0.1250 (0.125 to 0.125) | 0.2500 (0.250 to 0.250) | 0.5000 (0.500 to 0.500) |" in text
     assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["accuracy"][1]["seed"] == 1

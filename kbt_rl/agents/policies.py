@@ -9,11 +9,12 @@ import numpy.typing as npt
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
-from torch import Tensor, nn
+from torch import Tensor
 
 from kbt_rl.agents import posteriors as several
 from kbt_rl.agents.fallback import Choice, Fallback
 from kbt_rl.agents.transformer_policy import TransformerPolicy, drawn
+from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.models.context import ContextWindow
@@ -100,16 +101,16 @@ class DecisionTransformerPolicy(TransformerPolicy):
         if posteriors == 1:
             self.head = BayesianHead(*sizes, self.head_config)
         else:
-            self.head_of_env = nn.ModuleList(BayesianHead(*sizes, self.head_config) for _ in range(posteriors))
+            self.head_of_env = HeadBatch(BayesianHead(*sizes, self.head_config) for _ in range(posteriors))
         self.reset_head()
 
     @property
-    def heads(self) -> tuple[BayesianHead, ...]:
+    def heads(self) -> several.Heads:
         """All posteriors: one, or one for each environment."""
         alone = self._modules.get("head")  # asked for with every update, and cheaper so than as an attribute
         if alone is not None:
             return (alone,)  # type: ignore[return-value]
-        return tuple(self.head_of_env.children())  # type: ignore[arg-type]
+        return self.head_of_env
 
     def __getattr__(self, name: str) -> Any:
         if name == "head" and "head_of_env" in self.__dict__.get("_modules", {}):

@@ -6,19 +6,26 @@ of the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.head import BayesianHead, Prediction
 from kbt_rl.inference.interrupts import interrupts_deferred
+from kbt_rl.inference.memory import as_array
 from kbt_rl.inference.moments import Gaussian
-from kbt_rl.inference.record import UpdateInfo, merge
+from kbt_rl.inference.record import UpdateInfo
 
-Heads = Sequence[BayesianHead]
+# One head, or a head for each environment.
+Heads: TypeAlias = tuple[BayesianHead] | HeadBatch
+
+
+def _asked(heads: Heads) -> BayesianHead | HeadBatch:
+    return heads if isinstance(heads, HeadBatch) else heads[0]
 
 
 def check_rows(heads: Heads, rows: int, each: int = 1) -> None:
@@ -33,27 +40,21 @@ def check_rows(heads: Heads, rows: int, each: int = 1) -> None:
 def mean(heads: Heads, features: Tensor) -> Tensor:
     """Predicted mean of the target, ``(n, o)``; class probabilities with softmax."""
     check_rows(heads, len(features))
-    if len(heads) == 1:
-        return heads[0](features)  # type: ignore[no-any-return]
-    return torch.cat([head(row) for head, row in zip(heads, features.split(1), strict=True)])
+    return _asked(heads)(features)  # type: ignore[no-any-return]
 
 
 def predict(heads: Heads, features: Tensor) -> Prediction:
     """Distribution of the target for each row."""
     check_rows(heads, len(features))
-    if len(heads) == 1:
-        return heads[0].predict(features)
-    rows = [head.predict(row) for head, row in zip(heads, features.split(1), strict=True)]
-    return Prediction(*(torch.cat(part) for part in zip(*rows, strict=True)))
+    return _asked(heads).predict(features)
 
 
 def logits(heads: Heads, features: Tensor, each: int = 1) -> Gaussian:
     """Distribution of the last layer's output, in the heads' units, for ``each`` successive rows a head."""
     check_rows(heads, len(features), each)
-    if len(heads) == 1:
-        return heads[0].predict_logits(features)
-    blocks = [head.predict_logits(block) for head, block in zip(heads, features.split(each), strict=True)]
-    return Gaussian(torch.cat([block.mean for block in blocks]), torch.cat([block.cov for block in blocks]))
+    if isinstance(heads, HeadBatch):
+        return heads.predict_logits(features, each)
+    return heads[0].predict_logits(features)
 
 
 def update(heads: Heads, rows: npt.NDArray[np.intp], features: Tensor, target: npt.NDArray[np.float64]) -> UpdateInfo:
@@ -74,20 +75,14 @@ def update(heads: Heads, rows: npt.NDArray[np.intp], features: Tensor, target: n
         ValueError: Wrong shape, or not finite.
         UpdateError: A result would not be a proper posterior.
     """
-    if len(heads) == 1:
+    if not isinstance(heads, HeadBatch):
         return heads[0].update(features, target)
-    steps = [
-        (heads[row], heads[row].increment(features[index : index + 1], target[index : index + 1]))
-        for index, row in enumerate(rows)
-    ]
-    with interrupts_deferred():
-        for head, step in steps:
-            head.apply_increment(step)
-    records = [step.info for _, step in steps]
-    return merge(records)._replace(smallest_variance=min(record.smallest_variance for record in records))
+    inputs, labels = np.zeros((len(heads), features.shape[1])), np.full((len(heads), target.shape[1]), np.nan)
+    inputs[rows], labels[rows] = as_array(features), target
+    return heads.update(inputs, labels, together=True).merged()
 
 
-def rollback(heads: Heads, n: int) -> int:
+def rollback(heads: Iterable[BayesianHead], n: int) -> int:
     """Take back the last ``n`` updates of each head, all or none; returns the labelled rows that they had used."""
     undone = [(head, head.plan_rollback(n)) for head in heads]
     with interrupts_deferred():

@@ -72,7 +72,7 @@ class RowEngine:
     def propagate(self, features: Array) -> RowPass:
         """The forward pass of one row ``(d,)``, float64, see ``kernels.RowPass``."""
         result: RowPass
-        with _plain_interrupts:
+        with plain_interrupts:
             result = self._code.propagate(*self._posterior, self._workspace, features, self._outputs)
         return result
 
@@ -89,7 +89,7 @@ class RowEngine:
             rows: As they come from the encoder.
         """
         moments: tuple[Array, Array]
-        with _plain_interrupts:
+        with plain_interrupts:
             if self._has_form and self._form_version != self._counter._version:
                 (n, k, per_row), _ = self._posterior[-1]
                 if not self._form.size:
@@ -106,14 +106,14 @@ class RowEngine:
         """See ``kernels.weight_step``."""
         _, _, cross, variances = row
         step: tuple[Array, Array, float, float]
-        with _plain_interrupts:
+        with plain_interrupts:
             step = self._code.weight_step(cross, variances, mean_step, factor, signs, kept)
         return step
 
     def acting_form(self) -> tuple[Array, Array, Array, Array]:
         """See ``kernels.acting_form``."""
         form: tuple[Array, Array, Array, Array]
-        with _plain_interrupts:
+        with plain_interrupts:
             form = self._code.acting_form(*self._posterior)
         return form
 
@@ -132,7 +132,7 @@ class RowEngine:
     ) -> ScalarRecord:
         """A whole update on one row and one label, in the head's ``units``, see ``kernels.learn``."""
         record: ScalarRecord = self._change(
-            self._code.learn, self._workspace, *units, features, self._outputs, label, noise, replacing, kept
+            self._code.learn, self._workspace, *units, features, label, noise, replacing, kept
         )
         return record
 
@@ -140,7 +140,7 @@ class RowEngine:
         # Whoever caches what follows from the posterior watches this counter, which NumPy does not move. Before, so
         # that an interrupt cannot leave a new posterior with the old number; after, for those in another thread.
         increment_version(self._counter)
-        with _plain_interrupts:
+        with plain_interrupts:
             result = code(*self._posterior, *arguments)
         increment_version(self._counter)
         return result
@@ -158,7 +158,7 @@ class RowActor:
     def __call__(self, centre: Array, scale: Array, rows: Array) -> Array:
         """Mean logits ``(N, o)`` for features ``(N, d)`` as they come from the encoder, whose units are given."""
         means: Array
-        with _plain_interrupts:
+        with plain_interrupts:
             means = self._code.act(*self._view, centre, scale, rows)
         return means
 
@@ -177,7 +177,7 @@ class _PlainInterrupts:
             raise cause from None
 
 
-_plain_interrupts = _PlainInterrupts()
+plain_interrupts = _PlainInterrupts()
 
 
 def actor(view: ActingView) -> RowActor | None:

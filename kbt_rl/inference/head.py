@@ -20,6 +20,7 @@ from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.history import Record, Undo
 from kbt_rl.inference.moments import Gaussian, softmax_moments
 from kbt_rl.inference.noise import NoiseEstimate
+from kbt_rl.inference.output import Link
 from kbt_rl.inference.posterior import Posterior
 from kbt_rl.inference.record import Increment, UpdateInfo, merge
 from kbt_rl.inference.rows import row_step
@@ -44,6 +45,23 @@ class Prediction(NamedTuple):
     mean: Tensor
     epistemic: Tensor
     aleatoric: Tensor
+
+
+def of_targets(logits: Gaussian, link: Link, noise_cov: Tensor, target_scale: Tensor) -> Prediction:
+    """The distribution of the targets from that of the logits ``(N, o)``.
+
+    Args:
+        logits: In the head's units.
+        link: Of the head's rule.
+        noise_cov: ``(o, o)``, or one for each row, in the head's units.
+        target_scale: ``(o,)``, or one for each row.
+    """
+    if link == "softmax":
+        moments = softmax_moments(logits)
+        return Prediction(moments.mean, moments.cov, moments.jacobian)
+    square = target_scale.unsqueeze(-1) * target_scale.unsqueeze(-2)
+    aleatoric = (noise_cov * square).expand_as(logits.cov)
+    return Prediction(logits.mean * target_scale, logits.cov * square, aleatoric)
 
 
 class BayesianHead(Posterior):
@@ -112,9 +130,7 @@ class BayesianHead(Posterior):
     def predict(self, features: Tensor) -> Prediction:
         """Distribution of the target for each row of ``features``, ``(N, d)``."""
         if self.rule.link == "softmax":
-            logits = self.predict_logits(features)
-            moments = softmax_moments(logits)
-            return Prediction(moments.mean, moments.cov, moments.jacobian)
+            return of_targets(self.predict_logits(features), "softmax", self.noise_cov, self.target_scale)
         memory = self._memory()
         with self._lock:
             mean, epistemic = self._moments(features, memory.outputs)

@@ -1,4 +1,4 @@
-"""The forward pass and the update of one row in machine code (numba), for heads of one or two layers.
+"""The forward pass and the update of one row in machine code (numba), for heads of one or two layers, one or many.
 
 A head's update takes a few tens of microseconds of arithmetic; calling a tensor library dozens of times for it takes
 ten times as long. These functions restate, for one row, what ``joint``, ``smoother``, ``structures``, ``triangle`` and
@@ -37,6 +37,7 @@ _SMALLEST_MOVE = 1e-150
 
 # Sums may be reordered, so that they use vector instructions; NaN and infinity keep their meaning.
 _compiled = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+_compiled_nogil = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy", nogil=True)
 
 
 # ------------------------------------------------------------------ one layer's own covariance
@@ -118,7 +119,8 @@ def _relu_unit(mean: float, variance: float) -> tuple[float, float, float, float
         ratio = _FAR
     elif ratio < -_FAR:
         ratio = -_FAR
-    upper, lower = 0.5 * math.erfc(-ratio * _INV_SQRT2), 0.5 * math.erfc(ratio * _INV_SQRT2)
+    tail = 0.5 * math.erfc(abs(ratio) * _INV_SQRT2)  # the other one is at least 1/2, and 1 minus this one to rounding
+    upper, lower = (1.0 - tail, tail) if ratio > 0.0 else (tail, 1.0 - tail)
     density = math.exp(-0.5 * ratio * ratio) * _INV_SQRT_2PI
     spread = upper + ratio * (ratio * (upper * lower) - density * (upper - lower)) - density * density
     if spread < 0.0:
@@ -308,15 +310,40 @@ def _add_coupled_part(out_mean: Array, out_cov: Array, weights: Array, shared: A
 # ------------------------------------------------------------------ independent neurons: neuron and diagonal
 
 
+# Blocks here have a few numbers a row, and a slice, whose references are counted, costs as much as a row of them.
+
+
 @_compiled
 def _project_neurons(cov: Array, inputs: Array, out: Array, variances: Array) -> None:
     """``Sigma_j z~`` and variances of each neuron, ``(n, k)``, for blocks ``(n, k, k)`` or variances ``(n, k)``."""
-    for j in range(cov.shape[0]):
-        for p in range(inputs.size):
-            if cov.ndim == 3:
-                out[j, p], variances[j, p] = _dot(cov[j, p], inputs), cov[j, p, p]
-            else:
-                out[j, p], variances[j, p] = cov[j, p] * inputs[p], cov[j, p]
+    n, k = out.shape
+    whole = k - k % 8
+    for j in range(n):
+        if cov.ndim == 3:
+            for q in range(0, whole, 8):  # eight columns of the symmetric block at a time, summed in registers
+                c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = 0.0
+                for p in range(k):
+                    x = inputs[p]
+                    c0, c1, c2, c3 = (
+                        c0 + x * cov[j, p, q], c1 + x * cov[j, p, q + 1],
+                        c2 + x * cov[j, p, q + 2], c3 + x * cov[j, p, q + 3],
+                    )  # fmt: skip
+                    c4, c5, c6, c7 = (
+                        c4 + x * cov[j, p, q + 4], c5 + x * cov[j, p, q + 5],
+                        c6 + x * cov[j, p, q + 6], c7 + x * cov[j, p, q + 7],
+                    )  # fmt: skip
+                out[j, q], out[j, q + 1], out[j, q + 2], out[j, q + 3] = c0, c1, c2, c3
+                out[j, q + 4], out[j, q + 5], out[j, q + 6], out[j, q + 7] = c4, c5, c6, c7
+            for q in range(whole, k):
+                total = 0.0
+                for p in range(k):
+                    total += cov[j, q, p] * inputs[p]
+                out[j, q] = total
+            for q in range(k):
+                variances[j, q] = cov[j, q, q]
+        else:
+            for q in range(k):
+                out[j, q], variances[j, q] = cov[j, q] * inputs[q], cov[j, q]
 
 
 @_compiled
@@ -366,6 +393,54 @@ def _two_layers_neurons(mean: Array, first: Array, last: Array, features: Array,
     return _matvec(weights, activation), out_cov, cross, variances
 
 
+@_compiled
+def _one_output_neurons(
+    mean: Array, first: Array, last: Array, inputs: Array, cross: Array, variances: Array, units: Array
+) -> tuple[float, float]:
+    """``_two_layers_neurons`` for one output, without a loop over outputs or a new array.
+
+    Args:
+        mean: ``(P,)``.
+        first: The hidden neurons' covariances, ``(n, k, k)`` or ``(n, k)``.
+        last: The output's, ``(1, n+1, n+1)`` or ``(1, n+1)``.
+        inputs: ``[h; 1]``, ``(k,)``.
+        cross: Receives ``Cov(w, u)``, ``(P,)``.
+        variances: Receives the variance of each weight, ``(P,)``.
+        units: Memory, at least ``(3, n + 1)``.
+
+    Returns:
+        Mean and variance of the output.
+    """
+    n, k = first.shape[0], inputs.size
+    hidden = n * k
+    weights, weights_above = mean[:hidden].reshape(n, k), mean[hidden:]
+    own, above = cross[:hidden].reshape(n, k), cross[hidden:].reshape(1, n + 1)
+    activation, spreads, gate = units[0], units[1], units[2]
+    if first.ndim == 3:
+        _project_neurons(first, inputs, own, variances[:hidden].reshape(n, k))
+    for j in range(n):
+        logit = spread = 0.0
+        for p in range(k):
+            logit += weights[j, p] * inputs[p]
+            spread += own[j, p] * inputs[p] if first.ndim == 3 else first[j, p] * (inputs[p] * inputs[p])
+        activation[j], spreads[j] = logit, spread
+    variance = 0.0
+    for j in range(n):
+        activation[j], spread, slope, _ = _relu_unit(activation[j], spreads[j])
+        own_variance = last[0, j, j] if last.ndim == 3 else last[0, j]
+        variance += spread * (weights_above[j] * weights_above[j] + own_variance)
+        gate[j] = weights_above[j] * slope
+    activation[n] = 1.0
+    for j in range(n):
+        factor = gate[j]
+        for p in range(k):
+            own[j, p] = factor * (own[j, p] if first.ndim == 3 else first[j, p] * inputs[p])
+    if first.ndim == 2:
+        _copy(first.reshape(hidden), variances[:hidden])
+    _project_neurons(last, activation[: n + 1], above, variances[hidden:].reshape(1, n + 1))
+    return _dot(weights_above, activation[: n + 1]), variance + _dot(above[0], activation[: n + 1])
+
+
 # ------------------------------------------------------------------ from the output's step to the weights
 
 
@@ -411,42 +486,53 @@ def _sum(values: Array) -> float:
 @_compiled
 def _smallest(values: Array) -> float:
     """The smallest entry; NaN if there is one."""
-    smallest = np.inf
-    for value in values:
-        if not value >= smallest:  # taken by a NaN as well
-            smallest = value
-            if value != value:
-                break
+    whole = values.size - values.size % 4
+    a = b = c = d = values[0]
+    for i in range(0, whole, 4):  # four minima, so that none waits for another
+        a, b, c, d = min(a, values[i]), min(b, values[i + 1]), min(c, values[i + 2]), min(d, values[i + 3])
+    for i in range(whole, values.size):
+        a = min(a, values[i])
+    total = _sum(values)
+    smallest: float = min(min(a, b), min(c, d)) if total == total else total
     return smallest
 
 
 @_compiled
 def _scalar_step(
-    row: RowPass, label: float, noise: float, replacing: bool, kept: float
-) -> tuple[ScalarRecord, float, Array, Array]:
+    mean: float, variance: float, cross: Array, variances: Array, label: float, noise: float, replacing: bool,
+    kept: float, moved: Array, moves: Array,
+) -> tuple[ScalarRecord, float]:  # fmt: skip
     """``output.measure`` or ``output.replace`` and ``weight_step`` for one output.
 
+    Args:
+        mean: Of the output.
+        variance: Of the output.
+        cross: ``Cov(w, u)``, ``(P,)``.
+        variances: Of the weights before, ``(P,)``; afterwards ``kept`` times that plus the change.
+        label: In the head's own units.
+        noise: Variance of the label.
+        replacing: Whether the rule is ``replace``.
+        kept: See ``record.KEPT``.
+        moved: Receives ``X dm``, ``(P,)``.
+        moves: Receives ``(X F)'``, ``(1, P)``.
+
     Returns:
-        The record, whose ``done`` says whether the step may be taken; the sign of ``dC``; ``X dm`` ``(P,)``; and
-        ``(X F)'`` ``(1, P)``.
+        The record, whose ``done`` says whether the step may be taken, and the sign of ``dC``.
     """
-    mean, variance = row[0][0], row[1][0, 0]
-    cross, variances = row[2][0], row[3]
     inverted = variance if replacing else variance + noise
     # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
     change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
     gain, root = (label - mean) / inverted, math.sqrt(abs(change))
-    moved, moves = np.empty(variances.size), np.empty((1, variances.size))
-    after = np.empty(variances.size)
+    own = moves[0]
     for r in range(variances.size):
         moved[r] = gain * cross[r]
-        moves[0, r] = _normal(root * cross[r])
-        after[r] = kept * variances[r] + change * cross[r] * cross[r]
-    smallest = _smallest(after)
+        own[r] = _normal(root * cross[r])
+        variances[r] = kept * variances[r] + change * cross[r] * cross[r]
+    smallest = _smallest(variances)
     # One sum finds any NaN or infinity; inf - inf is NaN.
     total = _sum(moved) + gain * gain + variance
     done = inverted > 0.0 and smallest >= 0.0 and total - total == 0.0
-    return (mean, variance, smallest, 1.0 if done else 0.0), math.copysign(1.0, change), moved, moves
+    return (mean, variance, smallest, 1.0 if done else 0.0), math.copysign(1.0, change)
 
 
 @_compiled
@@ -463,16 +549,20 @@ def _commit_dense(covs: tuple[Array, ...], between: Array, shapes: Shapes, moves
 
 
 @_compiled
-def _downdate_neurons(cov: Array, moves: Array, start: int, signs: Array) -> None:
-    k = cov.shape[1]
-    for j in range(cov.shape[0]):
-        for q in range(signs.size):
-            own = moves[q, start + j * k : start + (j + 1) * k]
+def _downdate_neurons(cov: Array, moves: Array, sign: float) -> None:
+    """Add ``sign v_j v_j'`` to each neuron's block, or to its variances, for moves ``(n k,)``."""
+    if cov.ndim == 3:
+        n, k = cov.shape[0], cov.shape[1]
+        own = moves.reshape(n, k)
+        for j in range(n):
             for p in range(k):
-                if cov.ndim == 3:
-                    _axpy(cov[j, p], signs[q] * own[p], own)
-                else:
-                    cov[j, p] += signs[q] * own[p] * own[p]
+                scale = sign * own[j, p]
+                for q in range(k):
+                    cov[j, p, q] += scale * own[j, q]
+    else:
+        flat = cov.reshape(moves.size)
+        for r in range(moves.size):
+            flat[r] += sign * moves[r] * moves[r]
 
 
 @_compiled
@@ -480,8 +570,10 @@ def _commit_neurons(covs: tuple[Array, ...], moves: Array, signs: Array) -> None
     """What is not stored is dropped."""
     start = 0
     for cov in covs:
-        _downdate_neurons(cov, moves, start, signs)
-        start += cov.shape[0] * cov.shape[1]
+        stop = start + cov.shape[0] * cov.shape[1]
+        for q in range(signs.size):
+            _downdate_neurons(cov, moves[q, start:stop], signs[q])
+        start = stop
 
 
 # ------------------------------------------------------------------ any head of one or two layers
@@ -692,18 +784,178 @@ def _row_moments(
 
 
 @_compiled
+def _step(
+    mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
+    features: Array, label: float, noise: float, replacing: bool, kept: float,
+    scratch: Array, moved: Array, moves: Array,
+) -> tuple[ScalarRecord, float]:  # fmt: skip
+    """Everything of an update of one output that can be refused, see ``_scalar_step``; ``scratch`` is ``(6, P)``."""
+    found: tuple[ScalarRecord, float]
+    if first.ndim > 1 and len(covs) == 2:
+        inputs, cross, variances = scratch[2, : features.size + 1], scratch[0], scratch[1]
+        _copy(features, inputs)
+        inputs[features.size] = 1.0
+        mean_out, variance = _one_output_neurons(mean, first, covs[1], inputs, cross, variances, scratch[3:])
+        found = _scalar_step(mean_out, variance, cross, variances, label, noise, replacing, kept, moved, moves)
+    else:
+        row = propagate(mean, covs, first, between, shapes, workspace, features, 1)
+        found = _scalar_step(
+            row[0][0], row[1][0, 0], row[2][0], row[3], label, noise, replacing, kept, moved, moves
+        )  # fmt: skip
+    return found
+
+
+@_compiled
 def learn(
     mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
     centre: Array, scale: Array, labels_seen: Array,
-    features: Array, o: int, label: float, noise: float, replacing: bool, kept: float,
+    features: Array, label: float, noise: float, replacing: bool, kept: float,
 ) -> ScalarRecord:  # fmt: skip
-    """A whole update on one row and the label of one output, in one call; or nothing changes."""
-    row = propagate(mean, covs, first, between, shapes, workspace, _inputs(centre, scale, features)[:-1], o)
+    """A whole update by a row and the label of one output, in one call; or nothing changes."""
+    scratch, moved, moves = np.empty((6, mean.size)), np.empty(mean.size), np.empty((1, mean.size))
+    inputs = _inputs(centre, scale, features)[:-1]
     record: ScalarRecord
-    record, sign, moved, moves = _scalar_step(row, label, noise, replacing, kept)
+    record, sign = _step(
+        mean, covs, first, between, shapes, workspace, inputs, label, noise, replacing, kept, scratch, moved, moves
+    )
     if record[3] == 1.0:
         signs = np.empty(1)
         signs[0] = sign
         commit(mean, covs, first, between, shapes, moved, moves, signs)
         labels_seen[0] += 1
     return record
+
+
+# ------------------------------------------------------------------ many heads of the same shape
+
+# Arrays of one head, stacked in front; these release Python's lock, so that threads may share the heads out.
+
+
+@_compiled
+def _layers_of(covs: tuple[Array, ...], head: int) -> tuple[Array, ...]:
+    if len(covs) == 2:
+        return covs[0][head], covs[1][head]
+    else:  # noqa: RET505  numba prunes whole branches
+        return (covs[0][head],)
+
+
+@_compiled_nogil
+def learn_many(
+    means: Array, covs: tuple[Array, ...], between: Array, shapes: Shapes, workspace_shape: tuple[int, int],
+    centres: Array, scales: Array, labels_seen: Array,
+    heads: Array, features: Array, labels: Array, noises: Array, replacing: bool, kept: float,
+    plan: Array, records: Array,
+) -> None:  # fmt: skip
+    """``learn`` for ``heads`` ``(R,)``, each with its row of ``features`` ``(H, d)`` and its label of ``(H,)``.
+
+    With a ``plan`` ``(R, 2 P + 1)`` nothing changes, and it receives the steps for ``commit_many``; with an empty one
+    each step is taken at once. ``records`` ``(R, 4)`` receives a ``ScalarRecord`` of each.
+    """
+    weights = means.shape[1]
+    scratch, workspace, signs = np.empty((6, weights)), np.empty(workspace_shape), np.empty(1)
+    step = np.empty(2 * weights + 1)
+    for r in range(heads.size):
+        h = heads[r]
+        own = _layers_of(covs, h)
+        if plan.size > 0:
+            step = plan[r]
+        moved, moves = step[:weights], step[weights : 2 * weights].reshape(1, weights)
+        inputs = _inputs(centres[h], scales[h], features[h])[:-1]
+        record, sign = _step(
+            means[h], own, own[0], between[h], shapes, workspace, inputs, labels[h], noises[h], replacing, kept,
+            scratch, moved, moves,
+        )  # fmt: skip
+        for i in range(4):
+            records[r, i] = record[i]
+        step[2 * weights] = signs[0] = sign
+        if plan.size == 0 and record[3] == 1.0:
+            commit(means[h], own, own[0], between[h], shapes, moved, moves, signs)
+            labels_seen[h] += 1
+
+
+@_compiled_nogil
+def commit_many(
+    means: Array, covs: tuple[Array, ...], between: Array, shapes: Shapes, labels_seen: Array, heads: Array, plan: Array
+) -> None:
+    """Take the steps that ``learn_many`` has planned for ``heads``."""
+    weights = means.shape[1]
+    for r in range(heads.size):
+        h, step = heads[r], plan[r]
+        own = _layers_of(covs, h)
+        moves = step[weights : 2 * weights].reshape(1, weights)
+        commit(means[h], own, own[0], between[h], shapes, step[:weights], moves, step[2 * weights :])
+        labels_seen[h] += 1
+
+
+@_compiled_nogil
+def moments_many(
+    means: Array, covs: tuple[Array, ...], between: Array, shapes: Shapes, workspace_shape: tuple[int, int],
+    centres: Array, scales: Array, heads: Array, features: Array, out_mean: Array, out_cov: Array,
+) -> None:  # fmt: skip
+    """Mean ``(R, o)`` and covariance ``(R, o, o)`` of the logits for ``R / H`` successive rows of each of ``heads``."""
+    workspace = np.empty(workspace_shape)
+    each = features.shape[0] // means.shape[0]
+    for h in heads:
+        own = _layers_of(covs, h)
+        for r in range(h * each, (h + 1) * each):
+            inputs = _inputs(centres[h], scales[h], features[r])[:-1]
+            row = propagate(means[h], own, own[0], between[h], shapes, workspace, inputs, out_mean.shape[1])
+            _copy(row[0], out_mean[r])
+            _copy(row[1].reshape(row[1].size), out_cov[r].reshape(row[1].size))
+
+
+@_compiled
+def _unit_variances(cov: Array, inputs: Array, n: int, per_row: int, out: Array) -> None:
+    """``z~' Sigma_j z~`` of each hidden unit, ``(n,)``."""
+    k, offset, begin = inputs.size, 0, 0
+    for j in range(n):
+        variance = 0.0
+        if cov.ndim == 1:
+            if j == begin + per_row:  # the next block row of the triangle
+                offset += (begin + per_row) * k * per_row * k
+                begin = j
+            width = min(begin + per_row, n) * k
+            for p in range(k):
+                start = offset + ((j - begin) * k + p) * width + j * k
+                variance += inputs[p] * _dot(cov[start : start + k], inputs)
+        elif cov.ndim == 3:
+            for p in range(k):
+                total = 0.0
+                for q in range(k):
+                    total += cov[j, p, q] * inputs[q]
+                variance += inputs[p] * total
+        else:
+            for p in range(k):
+                variance += cov[j, p] * inputs[p] * inputs[p]
+        out[j] = max(variance, 0.0)
+
+
+@_compiled_nogil
+def means_many(
+    means: Array, covs: tuple[Array, ...], between: Array, shapes: Shapes, centres: Array, scales: Array,
+    heads: Array, features: Array, out: Array,
+) -> None:  # fmt: skip
+    """Mean logits ``(H, o)`` for one row of each of ``heads``, as ``acting.view_mean``: without their covariance."""
+    o, n = out.shape[1], shapes[0][0]
+    variances = np.empty(n)
+    for h in heads:
+        inputs, mean = _inputs(centres[h], scales[h], features[h]), means[h]
+        k = inputs.size
+        weights = mean[: n * k].reshape(n, k)
+        if len(covs) == 1:
+            for j in range(o):
+                out[h, j] = _dot(weights[j], inputs)
+        else:
+            above, coupling = mean[n * k :].reshape(o, n + 1), between[h]
+            _unit_variances(covs[0][h], inputs, n, shapes[0][2], variances)
+            for j in range(o):
+                out[h, j] = above[j, n]
+            for i in range(n):
+                logit = 0.0
+                for p in range(k):
+                    logit += weights[i, p] * inputs[p]
+                activation, _, slope, _ = _relu_unit(logit, variances[i])
+                for j in range(o):
+                    out[h, j] += above[j, i] * activation
+                    if coupling.size > 0:
+                        out[h, j] += slope * _dot(coupling[j * (n + 1) + i, i * k : (i + 1) * k], inputs)

@@ -147,10 +147,7 @@ class Memory:
             if tensor.is_complex():
                 raise TypeError(f"features or target hold {tensor.dtype}; expected real numbers")
             return tensor.to(self.device, torch.float64)
-        array = _as_array(values)
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"features or target hold {array.dtype}; expected real numbers")
-        return array
+        return as_array(values)
 
     def rows(self, features: Tensor | Array) -> Array:
         """Features on the CPU as machine code takes them, ``(N, d)``."""
@@ -169,14 +166,23 @@ def _for_machine_code(array: Array) -> Array:
     return np.array(array, np.float64, order="C")
 
 
-def _as_array(values: Tensor | Array) -> Array:
-    if not isinstance(values, Tensor):
-        return np.asarray(values)
-    try:
-        array: Array = values.numpy()
-    except (TypeError, RuntimeError):  # it needs a gradient, is elsewhere, or has a dtype that NumPy lacks
-        values = values.detach().cpu()
-        array = (values if values.is_complex() else values.double()).numpy()
+def as_array(values: Tensor | Array) -> Array:
+    """Values on the CPU, detached, without a copy where that is possible.
+
+    Raises:
+        TypeError: They are not real numbers: complex, text or objects.
+    """
+    array: Array
+    if isinstance(values, Tensor):
+        try:
+            array = values.numpy()
+        except (TypeError, RuntimeError):  # it needs a gradient, is elsewhere, or has a dtype that NumPy lacks
+            values = values.detach().cpu()
+            array = (values if values.is_complex() else values.double()).numpy()
+    else:
+        array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"features or target hold {array.dtype}; expected real numbers")
     return array
 
 

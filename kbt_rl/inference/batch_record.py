@@ -1,0 +1,88 @@
+"""What one call saw of many heads, a number for each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kbt_rl.inference.density import LOG_TWO_PI
+from kbt_rl.inference.record import UpdateInfo
+
+Array = npt.NDArray[Any]
+
+
+class BatchInfo(NamedTuple):
+    """``UpdateInfo`` of each head as arrays ``(H,)``; NaN, and 0 labels, where a head has learned nothing.
+
+    ``refused`` tells by index which heads would not learn, and by which error: the one that ``update`` of that head
+    would raise. They are what they were before.
+    """
+
+    innovation: Array
+    nis: Array
+    epistemic_variance: Array
+    predictive_variance: Array
+    smallest_variance: Array
+    labels: Array
+    label_weight: Array
+    log_density: Array
+    refused: dict[int, ValueError]
+
+    @classmethod
+    def empty(cls, heads: int) -> BatchInfo:
+        """Of heads that have learned nothing yet."""
+        fields = {name: np.full(heads, np.nan) for name in UpdateInfo._fields}
+        return cls(**{**fields, "labels": np.zeros(heads, dtype=np.int64)}, refused={})
+
+    def of(self, head: int) -> UpdateInfo:
+        """The record of one head."""
+        values: dict[str, Any] = {name: getattr(self, name)[head].item() for name in UpdateInfo._fields}
+        return UpdateInfo(**values)
+
+    def put(self, head: int, record: UpdateInfo) -> None:
+        """Enter the record of one head."""
+        for name, value in record._asdict().items():
+            getattr(self, name)[head] = value
+
+    def put_scalars(self, heads: Array, records: Array, labels: Array, noises: Array) -> None:
+        """Enter the records of heads of one output.
+
+        Args:
+            heads: Which, ``(R,)``.
+            records: A ``ScalarRecord`` of each, ``(R, 4)``.
+            labels: In the heads' own units, ``(R,)``.
+            noises: Variances of the labels, ``(R,)``.
+        """
+        mean, variance, smallest, _ = records.T
+        innovation, predictive = labels - mean, variance + noises
+        nis = innovation * innovation / predictive
+        self.innovation[heads], self.nis[heads] = abs(innovation), nis
+        self.epistemic_variance[heads], self.predictive_variance[heads] = variance, predictive
+        self.smallest_variance[heads], self.labels[heads], self.label_weight[heads] = smallest, 1, 1.0
+        self.log_density[heads] = -0.5 * (nis + np.log(predictive) + LOG_TWO_PI)
+
+    def merged(self) -> UpdateInfo:
+        """One record of all heads that have learned.
+
+        Sums of NIS, log density and labels, the smallest variance of any weight, else averages over the labels.
+        """
+        used = np.flatnonzero(self.labels)
+        counts = self.labels[used]
+        total = int(counts.sum())
+
+        def average(values: Array) -> float:
+            return float(values[used] @ counts) / total if total else math.nan
+
+        return UpdateInfo(
+            innovation=math.sqrt(average(self.innovation**2)),
+            nis=float(self.nis[used].sum()),
+            epistemic_variance=average(self.epistemic_variance),
+            predictive_variance=average(self.predictive_variance),
+            smallest_variance=float(self.smallest_variance[used].min(initial=math.inf)),
+            labels=total,
+            label_weight=average(self.label_weight),
+            log_density=float(self.log_density[used].sum()),
+        )

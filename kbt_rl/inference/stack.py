@@ -1,0 +1,181 @@
+"""The memory of many heads of one kind as stacked arrays, and the machine code that goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from operator import is_, itemgetter
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.autograd.graph import increment_version
+
+from kbt_rl.inference.batch_record import BatchInfo
+from kbt_rl.inference.compiled import plain_interrupts
+from kbt_rl.inference.output import replace
+from kbt_rl.inference.posterior import Posterior
+from kbt_rl.inference.record import KEPT
+from kbt_rl.inference.triangle import neurons_per_row
+
+Array = npt.NDArray[Any]
+_TAKE_AT_ONCE = np.empty((0, 0))
+
+
+class Plan(NamedTuple):
+    """Steps of ``heads`` ``(R,)`` that ``commit`` takes, ``(R, 2 P + 1)``, and which heads were not refused."""
+
+    heads: Array
+    steps: Array
+    done: Array
+
+
+class HeadStack:
+    """The buffers of heads one after another; each head goes on with tensors on its part of this memory.
+
+    A tensor of its own for each part, not a view of a common one, so that a change of one head moves the version
+    counters of that head only, and copying or saving one takes no other along.
+
+    Args:
+        heads: Of one kind, with machine code (see ``serves``).
+        code: The machine code.
+
+    Attributes:
+        whole: Whether no head has left for memory of its own.
+    """
+
+    def __init__(self, heads: Sequence[Posterior], code: ModuleType) -> None:
+        head, self._code, self._heads, self.whole = heads[0], code, tuple(heads), True
+        names = tuple(head._buffers)
+        # A buffer that is made in inference mode could never be changed outside of it.
+        with torch.inference_mode(False):
+            self._arrays = {
+                name: np.stack([each._buffers[name].numpy() for each in heads])  # type: ignore[union-attr]
+                for name in names
+            }
+            for index, each in enumerate(heads):
+                with each._lock:
+                    for name, array in self._arrays.items():
+                        each._buffers[name] = torch.from_numpy(array[index, ...])
+                    each._stack = self
+        self._parts = [each._buffers for each in heads]
+        self._counters = [each.mean for each in heads]
+        spec, means = head.spec, self._arrays["mean"]
+        layers, weights = len(spec.shapes), means.shape[1]
+        covs = tuple(self._arrays[name] for name in head._cov_names)
+        between = covs[layers] if len(covs) > layers else np.empty((len(heads), 0, 0))
+        shapes = tuple((*shape, neurons_per_row(shape)) for shape in spec.shapes)
+        self._posterior = means, covs[:layers], between, shapes
+        two_dense = spec.structure in ("joint", "layer") and layers == 2
+        columns = weights if spec.structure == "joint" else spec.shapes[0].size
+        self._workspace_shape = (spec.shapes[0].n, columns) if two_dense else (0, 0)
+        self._outputs = spec.outputs
+        self._units = self._arrays["feature_mean"], self._arrays["feature_scale"]
+        self._labels_seen, self._replacing = self._arrays["labels_seen"], head.rule.condition is replace
+
+    @staticmethod
+    def serves(heads: Sequence[Posterior]) -> bool:
+        """Whether there is machine code for heads of this kind; a history needs each head's own increments."""
+        engine = heads[0].state.engine
+        ready = engine is not None and engine.propagates and heads[0]._history is None
+        return ready and all(head.mean.device.type == "cpu" for head in heads)
+
+    def __getitem__(self, name: str) -> Array:
+        """The buffers of this name, ``(H, ...)``."""
+        return self._arrays[name]
+
+    def holds(self, heads: Sequence[Posterior]) -> bool:
+        """Whether these are the heads, and all their buffers still on this memory.
+
+        A head that gets another buffer says so; ``torch.func.functional_call``, which does not ask, swaps all of them.
+        """
+        if not self.whole or len(heads) != len(self._heads) or not all(map(is_, heads, self._heads)):
+            return False
+        return all(map(is_, self._counters, map(itemgetter("mean"), self._parts)))
+
+    def means(self, features: Array, threads: int) -> Array:
+        """Mean logits ``(H, o)`` for one row a head."""
+        rows = _float64(features)
+        out = np.empty((len(rows), self._outputs))
+        every = np.arange(len(self._heads))
+        _share(
+            threads, lambda part: self._code.means_many(*self._posterior, *self._units, every[part], rows, out), every
+        )
+        return out
+
+    def moments(self, features: Array, threads: int) -> tuple[Array, Array]:
+        """Mean ``(R, o)`` and covariance ``(R, o, o)`` of the logits for ``R / H`` successive rows a head."""
+        rows, outputs = _float64(features), self._outputs
+        mean, cov = np.empty((len(rows), outputs)), np.empty((len(rows), outputs, outputs))
+        every = np.arange(len(self._heads))
+
+        def predict(part: slice) -> None:
+            size = self._workspace_shape
+            self._code.moments_many(*self._posterior, size, *self._units, every[part], rows, mean, cov)
+
+        _share(threads, predict, every)
+        return mean, cov
+
+    def learn(self, heads: Array, features: Array, target: Array, info: BatchInfo, threads: int) -> Array:
+        """Update ``heads`` ``(R,)`` on their rows of ``(H, d)`` and ``(H, 1)``; returns those that are refused."""
+        done = self._learn(heads, features, target, info, threads, _TAKE_AT_ONCE)
+        return heads[~done]
+
+    def plan(self, heads: Array, features: Array, target: Array, info: BatchInfo, threads: int) -> Plan:
+        """What ``learn`` would do, for ``commit``; changes nothing but the record."""
+        steps = np.empty((len(heads), 2 * self._posterior[0].shape[1] + 1))
+        done = self._learn(heads, features, target, info, threads, steps)
+        return Plan(heads[done], steps[done], done)
+
+    def commit(self, plan: Plan, threads: int) -> None:
+        """Take the steps of a plan; nothing must have changed the posteriors in between."""
+
+        def take(part: slice) -> None:
+            own = plan.heads[part], plan.steps[part]
+            self._code.commit_many(*self._posterior, self._labels_seen, *own)
+
+        self._change(threads, take, plan.heads)
+
+    def _learn(
+        self, heads: Array, features: Array, target: Array, info: BatchInfo, threads: int, steps: Array
+    ) -> npt.NDArray[np.bool_]:
+        rows, records = _float64(features), np.empty((len(heads), 4))
+        labels = _float64(target)[:, 0] / self["target_scale"][:, 0]
+        noises = self["noise_cov"][:, 0, 0].copy()
+
+        def learn(part: slice) -> None:
+            self._code.learn_many(
+                *self._posterior, self._workspace_shape, *self._units, self._labels_seen, heads[part], rows, labels,
+                noises, self._replacing, KEPT, steps[part], records[part],
+            )  # fmt: skip
+
+        if len(steps):
+            _share(threads, learn, heads)
+        else:
+            self._change(threads, learn, heads)
+        done: npt.NDArray[np.bool_] = records[:, 3] == 1.0
+        info.put_scalars(heads[done], records[done], labels[heads[done]], noises[heads[done]])
+        return done
+
+    def _change(self, threads: int, call: Callable[[slice], None], heads: Array) -> None:
+        counters = self._counters if len(heads) == len(self._counters) else [self._counters[i] for i in heads]
+        increment_version(counters)  # before and after, see ``RowEngine``
+        _share(threads, call, heads)
+        increment_version(counters)
+
+
+def _share(threads: int, call: Callable[[slice], None], items: Array) -> None:
+    """Call with all items, or with a part of them in each of several threads."""
+    if threads == 1 or len(items) < threads:
+        with plain_interrupts:
+            call(slice(None))
+        return
+    bounds = np.linspace(0, len(items), threads + 1).astype(int)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(call, map(slice, bounds[:-1], bounds[1:])))
+
+
+def _float64(values: Array) -> Array:
+    return np.ascontiguousarray(values, dtype=np.float64)
