@@ -118,9 +118,14 @@ def test_the_summary_of_rows_made_by_hand() -> None:
         DelayRow("a", 0, 1, 1, None, 0),
     ]
     alarms = [FalseAlarmRow("CUSUM", 1.0, "known", 0, 0.0, 10, 0)]
-    summary = change_report.summarise(shifts, delays, [], alarms)
-    assert summary["success_after_shift"]["a"]["25"]["mean"] == pytest.approx((0.75 + 0.25) / 2)
-    assert summary["success_after_shift"]["a"]["25"]["trials"] == 2
+    drift = [
+        SuccessRow("a", 0, s, 0, at, value) for s, at, value in [(0, 0, 0.0), (0, 9, 1.0), (0, 18, 0.5), (1, 9, 0.25)]
+    ]
+    summary = change_report.summarise(shifts, delays, drift, alarms)
+    assert summary["success_after_shift"]["a"]["25"]["mean"] == pytest.approx((1.0 + 0.5 + 0.25) / 3)
+    assert summary["success_after_shift"]["a"]["25"]["trials"] == 3  # of the shifts; under the drift of the streams
+    assert summary["success_under_drift"]["a"]["mean"] == pytest.approx((0.75 + 0.25) / 2)
+    assert summary["success_under_drift"]["a"]["trials"] == 2
     assert summary["detection"]["a"] == {
         "shifts": 3, "noticed_within_5": 1, "missed": 1, "largest_delay": 6, "further_alarms": 2,
         "false_before_the_first_shift": 2,
@@ -130,7 +135,7 @@ def test_the_summary_of_rows_made_by_hand() -> None:
     change_report.print_change(summary, console)
     printed = console.export_text()
     assert "{" not in printed
-    for cells in (("a", "0.50"), ("a", "3", "1", "1", "6", "2", "2"), ("CUSUM", "1 N²", "known", "0", "0", "10", "0")):
+    for cells in (("a", "0.58"), ("a", "3", "1", "1", "6", "2", "2"), ("CUSUM", "1 N²", "known", "0", "0", "10", "0")):
         assert any([cell.strip() for cell in line.split("│")[1:-1]][: len(cells)] == list(cells) for line in
                    printed.splitlines()), cells  # fmt: skip
 

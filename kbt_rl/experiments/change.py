@@ -210,13 +210,13 @@ def _noise(learner: Learner) -> str:
     return "known" if learner.told else "learned"
 
 
-# ---------------------------------------------------------------------- over trials
+# ---------------------------------------------------------------------- in short
 
 
 def success_after(rows: Sequence[SuccessRow], strategy: str, samples: int) -> Estimate:
-    """Success so many labels after a shift: mean over the shifts of a trial, interval over trials."""
-    trials: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+    """Success so many labels after a shift, with an interval over shifts; under the drift over trials."""
+    moves: defaultdict[tuple[int, int, int], list[float]] = defaultdict(list)
     for row in rows:
         if row.strategy == strategy and row.samples == samples:
-            trials[row.pretrain_seed, row.stream_seed].append(row.success)
-    return estimate([float(np.mean(values)) for values in trials.values()])
+            moves[row.pretrain_seed, row.stream_seed, row.shift].append(row.success)
+    return estimate([float(np.mean(values)) for values in moves.values()])
