@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from learners import NOMINAL, SHIFTED, Recorder, expert, kbt, states
+from learners import NOMINAL, SHIFTED, Recorder, changed, expert, kbt, states, weights
 from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kbt_rl import KBT, KalmanAdapter, LQRExpert, Sample
+from kbt_rl import KBT, HeadConfig, KalmanAdapter, LQRExpert, Sample
 from kbt_rl.callbacks import AdaptationStrategy, Forgetting, ProcessNoise, ReopenOnDetection, TowardsPrior
 from kbt_rl.envs import ScheduledShifts
 from kbt_rl.inference.monitor import Cusum, NoiseReference, WindowedChiSquare
@@ -40,6 +41,23 @@ def noisy_kbt() -> KBT:
     model = kbt()
     model.policy.head.set_noise(1.0 / 120.0**2)
     return model
+
+
+def learning_kbt() -> KBT:
+    """A learner of the noise that is told of the misfit."""
+    return kbt(policy_kwargs={"head": HeadConfig(noise="learned", noise_floor=0.01)})
+
+
+def noise_of(model: KBT) -> tuple[float, float]:
+    """What the head thinks of the noise: its variance and the labels that it rests on."""
+    estimate = model.policy.head.noise_estimate
+    assert estimate is not None
+    return float(estimate.cov[0, 0]), estimate.labels
+
+
+def mean_error(model: KBT, plant: str) -> float:
+    target = expert(plant).label(states(200, seed=2))
+    return float(np.sqrt(np.mean((model.policy.predict(states(200, seed=2))[0] - target) ** 2)))
 
 
 def dense(model: KBT) -> torch.Tensor:
@@ -80,12 +98,7 @@ def test_a_change_is_noticed_and_learned(monitor: Any) -> None:
     assert noticed.index(True) < 5
     assert strategy.alarms == sum(noticed) == 1
     teach(alone, None, 30, seed=1, plant=NOMINAL)
-    target = expert(NOMINAL).label(states(200, seed=2))
-
-    def error(learner: KBT) -> float:
-        return float(np.sqrt(np.mean((learner.policy.predict(states(200, seed=2))[0] - target) ** 2)))
-
-    assert error(model) < 0.4 * error(alone)
+    assert mean_error(model, NOMINAL) < 0.4 * mean_error(alone, NOMINAL)
 
 
 def test_an_alarm_opens_the_covariance_and_keeps_the_means() -> None:
@@ -125,6 +138,81 @@ def test_after_an_alarm_the_test_rests(rest: int) -> None:
     noticed = [strategy.after_update(model, wild) for _ in range(9)]
     assert noticed == [index % (rest + 1) == 0 for index in range(9)]
     assert strategy.alarms == sum(noticed)
+
+
+# ---------------------------------------------------------------------- a learned noise
+
+
+def test_an_alarm_puts_a_learned_noise_back() -> None:
+    """To what it was so many samples before, to the last bit and with the trust in it; then it is learned again."""
+    model, strategy, seen = learning_kbt(), ReopenOnDetection(noise_lag=20), []
+    for seed, plant, count in ((0, SHIFTED, 100), (1, NOMINAL, 6)):
+        observations, labels = states(count, seed), expert(plant).label(states(count, seed))
+        for row, label in zip(observations, labels, strict=True):
+            info = model.update(Sample(row, label))
+            seen.append(noise_of(model))
+            noticed = strategy.after_update(model, info)  # type: ignore[arg-type]
+            if noticed:
+                break
+    assert strategy.alarms == 1
+    assert noise_of(model) == seen[-21]
+    assert seen[-1][0] > 1.5 * seen[-21][0]  # what the test would find without the restoration
+    teach(model, strategy, 1, seed=3, plant=NOMINAL)
+    assert noise_of(model) != seen[-21]
+
+
+def test_a_plant_is_learned_as_fast_as_if_the_noise_were_known() -> None:
+    told, model, trapped = noisy_kbt(), learning_kbt(), learning_kbt()
+    lagged, current = ReopenOnDetection(noise_lag=50), ReopenOnDetection()
+    for learner, strategy in ((told, ReopenOnDetection()), (model, lagged), (trapped, current)):
+        teach(learner, strategy, 100)
+        teach(learner, strategy, 25, seed=1, plant=NOMINAL)
+    assert lagged.alarms == 1
+    assert mean_error(model, NOMINAL) < 1.2 * mean_error(told, NOMINAL)
+    assert noise_of(model)[0] < 0.5 * noise_of(trapped)[0]
+
+
+def test_a_false_alarm_leaves_the_noise_and_raises_no_other() -> None:
+    model, strategy = learning_kbt(), ReopenOnDetection(noise_lag=50)
+    assert not any(teach(model, strategy, 150))
+    before = noise_of(model)[0]
+    observation = states(1, seed=3)[0]
+    far = np.asarray(model.policy.predict(observation)[0], dtype=np.float64) + 0.5  # one label that is 60 N off
+    info = model.update(Sample(observation, far))
+    raised = noise_of(model)[0]
+    assert strategy.after_update(model, info)  # type: ignore[arg-type]
+    assert noise_of(model)[0] < 1.5 * before < 0.5 * raised
+    assert not any(teach(model, strategy, 150, seed=4))
+    assert noise_of(model)[0] < 1.5 * before
+
+
+@pytest.mark.parametrize("lag", [20, 50])  # less than the test rests, and more
+def test_a_change_of_the_noise_itself_is_learned(lag: int) -> None:
+    """Opening the weights does not explain it, so that an alarm soon after another leaves the noise as it is."""
+    model, strategy = learning_kbt(), ReopenOnDetection(noise_lag=lag)
+    teach(model, strategy, 100)
+    rng, box = np.random.default_rng(5), states(600, seed=5)
+    noticed, noises = [], []
+    for row, label in zip(box, expert().label(box) + 5.0 / 120.0 * rng.standard_normal((600, 1)), strict=True):
+        info = model.update(Sample(row, label))
+        raised = noise_of(model)
+        noticed.append(strategy.after_update(model, info))  # type: ignore[arg-type]
+        noises.append((raised, noise_of(model)))
+    first, second = np.flatnonzero(noticed)[:2]
+    assert second - first <= lag + strategy.rest
+    assert noises[first][1][0] < noises[first][0][0]
+    assert noises[second][1] == noises[second][0]
+    assert not any(noticed[400:])
+    assert noise_of(model)[0] * model.policy.head.mean_square_scale * 120.0**2 == pytest.approx(25.0, rel=0.4)
+
+
+def test_a_known_noise_stays_through_an_alarm() -> None:
+    model, strategy = noisy_kbt(), ReopenOnDetection(noise_lag=20)
+    teach(model, strategy, 60)
+    model.policy.head.set_noise(2.0 / 120.0**2)
+    noise = model.policy.head.noise_cov.clone()
+    assert any(teach(model, strategy, 10, seed=1, plant=NOMINAL))
+    assert torch.equal(model.policy.head.noise_cov, noise)
 
 
 def test_missing_labels_do_not_reach_the_strategy() -> None:
@@ -168,9 +256,10 @@ def test_a_rollout_through_a_scheduled_shift(tmp_path: Path) -> None:
     assert shown == {step: watch.alarms[step - 1] for step in range(5, 85, 5)}
 
 
-def test_the_monitor_is_saved_with_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [noisy_kbt, learning_kbt], ids=["known noise", "learned noise"])
+def test_the_monitor_is_saved_with_the_model(make: Callable[[], KBT], tmp_path: Path) -> None:
     """A loaded model and a new strategy answer as the ones that were never interrupted."""
-    model, strategy = noisy_kbt(), ReopenOnDetection(Cusum(1e-2, inflation=1.5), noise_lag=4)
+    model, strategy = make(), ReopenOnDetection(Cusum(1e-2, inflation=1.5), noise_lag=4)
     strategy.attach(model)
     teach(model, strategy, 40)
     model.save(tmp_path / "model")
@@ -182,6 +271,7 @@ def test_the_monitor_is_saved_with_the_model(tmp_path: Path) -> None:
     assert any(noticed)
     assert teach(loaded, fresh, 30, seed=5, plant=NOMINAL) == noticed
     assert fresh.alarms == strategy.alarms
+    assert changed(weights(loaded), weights(model)) == set()  # the noise that the alarms put back among them
     other = ReopenOnDetection(Cusum(1e-3, inflation=1.5), noise_lag=4)
     other.attach(loaded)
     assert other.monitor.samples == 0  # another test starts afresh

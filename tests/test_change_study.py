@@ -1,4 +1,4 @@
-"""The experiments with a changing world: plants, labels, noise estimate, rows and their summary."""
+"""The experiments with a changing world: plants, labels, what the learners are told, rows and their summary."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from learners import kbt, pretrained
+from learners import pretrained
 from rich.console import Console
 
-from kbt_rl.agents.kbt import KBTInfo
 from kbt_rl.envs.plant import NOMINAL, SHIFTED
 from kbt_rl.envs.schedule import PLANT_RANGES
 from kbt_rl.experiments import change_report
@@ -18,10 +17,11 @@ from kbt_rl.experiments.change import DelayRow, FalseAlarmRow, SuccessRow, run_d
 from kbt_rl.experiments.change_setup import (
     CUSUM,
     EXPERT,
+    LEARNED,
     NONE,
     PRETRAINED,
     ChangeConfig,
-    NoiseEstimate,
+    Learner,
     draw_plants,
     drifting_plants,
     labelled,
@@ -75,25 +75,14 @@ def test_labels_are_the_experts_forces_with_noise() -> None:
     np.testing.assert_allclose(one.features.numpy(), pretrained().policy.encode(one.context).numpy(), atol=1e-5)
 
 
-def test_the_noise_estimate_is_right_whatever_the_weights_explain() -> None:
-    """Innovations of noise 2 N^2 and an epistemic variance between 0 and 20 N^2."""
-    model, rng, estimate = kbt(), np.random.default_rng(0), NoiseEstimate(forgetting=0.999)
-    head, unit, levels = model.policy.head, 120.0**2, []
-    head.set_noise(9.0 / unit)
-    for _ in range(8_000):
-        level = float(head.noise_cov) * head.mean_square_scale * unit
-        levels.append(level)
-        epistemic = rng.uniform(0.0, 20.0) * rng.integers(2)
-        square = (epistemic + 2.0) * rng.chisquare(1)
-        info = KBTInfo(
-            labels=1,
-            innovation=float(np.sqrt(square / unit)),
-            epistemic_variance=epistemic / unit,
-            predictive_variance=(epistemic + level) / unit,
-        )
-        estimate.after_update(model, info)
-    # Half of the samples say much; a memory of 1,000 samples leaves a standard error of some 6 %.
-    assert np.mean(levels[4_000:]) == pytest.approx(2.0, rel=0.2)
+def test_the_misfit_is_noise_on_top_or_the_least_that_is_learned() -> None:
+    config, unit = ChangeConfig(0, 0, noise_variance=0.5, misfit_variance=2.0), 120.0**2
+    told, untold = (Learner(name, pretrained(), config).model.policy.head for name in (CUSUM, LEARNED))
+    scale = told.mean_square_scale * unit
+    assert float(told.noise_cov) * scale == pytest.approx(2.5)
+    assert not told.learns_noise
+    assert untold.learns_noise
+    assert untold.config.noise_floor * scale == pytest.approx(2.0)
 
 
 def test_rows_of_shifts_and_drift() -> None:
@@ -115,7 +104,8 @@ def test_stationary_rows_cover_known_and_learned_noise() -> None:
     rows = run_stationary(pretrained(), 0, 50, 1.0)
     assert [(row.noise, row.lag) for row in rows] == [("known", 0)] * 4 + [
         ("learned", lag) for _ in range(2) for lag in (0, 0, 50, 50)
-    ]
+    ] + [("known", 0), ("learned", 50)]
+    assert [row.test for row in rows[-2:]] == [CUSUM, LEARNED]
     assert all(row.samples == 50 for row in rows)
 
 
@@ -128,14 +118,26 @@ def test_the_summary_of_rows_made_by_hand() -> None:
         DelayRow("a", 0, 1, 1, None, 0),
     ]
     alarms = [FalseAlarmRow("CUSUM", 1.0, "known", 0, 0.0, 10, 0)]
-    summary = change_report.summarise(shifts, delays, [], alarms)
-    assert summary["success_after_shift"]["a"]["25"]["mean"] == pytest.approx((0.75 + 0.25) / 2)
-    assert summary["success_after_shift"]["a"]["25"]["trials"] == 2
+    drift = [
+        SuccessRow("a", 0, s, 0, at, value) for s, at, value in [(0, 0, 0.0), (0, 9, 1.0), (0, 18, 0.5), (1, 9, 0.25)]
+    ]
+    summary = change_report.summarise(shifts, delays, drift, alarms)
+    assert summary["success_after_shift"]["a"]["25"]["mean"] == pytest.approx((1.0 + 0.5 + 0.25) / 3)
+    assert summary["success_after_shift"]["a"]["25"]["trials"] == 3  # of the shifts; under the drift of the streams
+    assert summary["success_under_drift"]["a"]["mean"] == pytest.approx((0.75 + 0.25) / 2)
+    assert summary["success_under_drift"]["a"]["trials"] == 2
     assert summary["detection"]["a"] == {
         "shifts": 3, "noticed_within_5": 1, "missed": 1, "largest_delay": 6, "further_alarms": 2,
         "false_before_the_first_shift": 2,
     }  # fmt: skip
     assert summary["false_alarms"][0]["alarms"] == 0
+    console = Console(record=True, width=120)
+    change_report.print_change(summary, console)
+    printed = console.export_text()
+    assert "{" not in printed
+    for cells in (("a", "0.58"), ("a", "3", "1", "1", "6", "2", "2"), ("CUSUM", "1 N²", "known", "0", "0", "10", "0")):
+        assert any([cell.strip() for cell in line.split("│")[1:-1]][: len(cells)] == list(cells) for line in
+                   printed.splitlines()), cells  # fmt: skip
 
 
 def test_files_and_figure_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,3 +214,42 @@ def test_constant_forgetting_winds_up_and_steps_towards_the_prior_do_not() -> No
     hidden = slice(0, bounded.spec.shapes[0].size)
     assert float(forgetful.state.variances()[hidden].max()) > 100 * float(prior)
     assert float(bounded.state.variances()[hidden].max()) <= float(prior) * (1 + 1e-12)
+
+
+# ---------------------------------------------------------------------- a learned noise
+
+
+def learning_head(outputs: int, **config: Any) -> BayesianHead:
+    torch.manual_seed(0)
+    return BayesianHead.from_linear(nn.Linear(4, outputs), HeadConfig(noise="learned", **config))
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_noise_is_put_back_with_the_trust_in_it(outputs: int) -> None:
+    head = learning_head(outputs, history=3)
+    for index in range(20):
+        head.update(randn(1, 4, seed=index), randn(1, outputs, seed=100 + index))
+    before, cov = head.noise_estimate, head.noise_cov.clone()
+    assert before is not None
+    for index in range(5):
+        head.update(randn(1, 4, seed=index), 50.0 * randn(1, outputs, seed=200 + index))
+    start, means = head.noise_start_cov.clone(), head.mean.clone()
+    assert float(head.noise_cov[0, 0]) > 10.0 * float(cov[0, 0])
+    assert before.cov.tolist() == cov.tolist()  # a copy, which updates do not reach
+    head.reopen(noise=before)
+    assert torch.equal(head.noise_cov, cov)
+    assert float(head.noise_labels) == before.labels
+    assert torch.equal(head.noise_start_cov, start)  # where a reset begins
+    assert torch.equal(head.mean, means)
+    assert head.undoable == 0
+    head.reopen()
+    assert torch.equal(head.noise_cov, cov)
+
+
+def test_a_known_noise_is_not_put_back() -> None:
+    learned, known = learning_head(1), BayesianHead(4, 1)
+    assert known.noise_estimate is None
+    before = {name: value.clone() for name, value in known.state_dict().items()}
+    with pytest.raises(ValueError, match="noise of this head is not learned"):
+        known.reopen(noise=learned.noise_estimate)
+    assert all(torch.equal(value, before[name]) for name, value in known.state_dict().items())

@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from kbt_rl.agents.kbt import KBT, KBTInfo
-from kbt_rl.inference.monitor import Cusum, Monitor, NoiseReference
+from kbt_rl.inference.monitor import Cusum, Lagged, Monitor, NoiseReference
+from kbt_rl.inference.noise import NoiseEstimate
 
 
 class AdaptationStrategy(ABC):
@@ -94,24 +95,42 @@ class TowardsPrior(AdaptationStrategy):
 
 
 @dataclass
-class _Rest:
-    """Updates that are still left out of the test."""
+class _Watch:
+    """All that a test remembers of a model.
 
-    left: int = 0
+    Attributes:
+        monitor: The test.
+        reference: The noise level that it judges by.
+        noises: What the noise was thought to be, to be put back.
+        since: Updates since the last alarm; None before the first one.
+    """
+
+    monitor: Monitor
+    reference: NoiseReference
+    noises: Lagged[NoiseEstimate]
+    since: int | None = None
 
 
 class ReopenOnDetection(AdaptationStrategy):
     """Watch the normalised innovation squared; when it is implausible, keep the means and re-open the covariance.
 
-    Once attached to a model, the monitor's sums, its count of alarms and the noise levels live there and are saved with
-    it. A strategy of the same settings goes on from them, one of other settings starts afresh.
+    A noise that is learned (``HeadConfig(noise="learned")``) is put back at the same time to what it was ``noise_lag``
+    samples ago: until the alarm it has taken the change for noise, and by a noise too large the opened posterior would
+    learn slowly. It is not after an alarm within ``noise_lag`` tested samples of the one before: what opening the
+    weights has not explained is a change of the noise itself, which may then be learned. Give such a head a
+    ``noise_floor`` of about ``misfit``. A noise below it makes the weights follow labels that the frozen features
+    cannot express.
+
+    Once attached to a model, the monitor's sums, its count of alarms and the noises live there and are saved with it. A
+    strategy of the same settings goes on from them, one of other settings starts afresh.
 
     Args:
         monitor: The test, ``Cusum(1e-5)`` by default.
         misfit: Variance of what the head cannot express even when it has converged, in units of ``target_scale``
             squared (the label's mean square in pre-training). Without it rare large misfits count as changes.
         noise_lag: How many samples ago the noise level is taken from that innovations are judged by: 0 if the label
-            noise is known, some 50 if it is learned at the same time, since what is learned swallows the change.
+            noise is known, some 50 if it is learned at the same time, since what is learned swallows the change. A
+            learned noise is put back to the one of so many samples ago.
         fraction: How far to go towards the prior's covariance; 1 is all the way.
         rest: Updates after an alarm that are not tested. A re-opened posterior fits its first labels all too well where
             the frozen features cannot express the new law exactly, and would soon be re-opened again.
@@ -129,10 +148,20 @@ class ReopenOnDetection(AdaptationStrategy):
         _check_fraction(fraction)
         if rest < 0:
             raise ValueError(f"rest is {rest}; a number of updates is not negative")
-        self.monitor = Cusum(1e-5) if monitor is None else monitor
-        self.reference = NoiseReference(misfit, noise_lag)
         self.fraction, self.rest = fraction, rest
-        self._resting = _Rest()
+        self._watch = _Watch(
+            Cusum(1e-5) if monitor is None else monitor, NoiseReference(misfit, noise_lag), Lagged(noise_lag)
+        )
+
+    @property
+    def monitor(self) -> Monitor:
+        """The test."""
+        return self._watch.monitor
+
+    @property
+    def reference(self) -> NoiseReference:
+        """The noise level that innovations are judged by."""
+        return self._watch.reference
 
     @property
     def alarms(self) -> int:
@@ -141,24 +170,31 @@ class ReopenOnDetection(AdaptationStrategy):
 
     def attach(self, model: KBT) -> None:
         """Go on where this test left off on the model, else start there."""
-        test, settings = type(self.monitor), self.monitor.settings()
-        key = f"{test.__name__} {settings} {self.reference.settings()} {self.rest}"
+        test, settings, noise = type(self.monitor), self.monitor.settings(), self.reference.settings()
+        key = f"{test.__name__} {settings} {noise} {self.rest}"
         if key not in model.strategy_state:  # objects of its own: a strategy may serve several models in turn
-            model.strategy_state[key] = test(**settings), NoiseReference(**self.reference.settings()), _Rest()
-        self.monitor, self.reference, self._resting = model.strategy_state[key]
+            model.strategy_state[key] = _Watch(test(**settings), NoiseReference(**noise), Lagged(self.reference.lag))
+        self._watch = model.strategy_state[key]
 
     def after_update(self, model: KBT, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
-        head = model.policy.head
+        head, watch = model.policy.head, self._watch
         unit = head.mean_square_scale
-        nis = self.reference.restate(info.nis, info.epistemic_variance / unit, info.predictive_variance / unit)
-        if self._resting.left > 0:
-            self._resting.left -= 1
+        nis = watch.reference.restate(info.nis, info.epistemic_variance / unit, info.predictive_variance / unit)
+        noise = head.noise_estimate
+        before = None if noise is None else watch.noises.value(noise)
+        if noise is not None:
+            watch.noises.add(noise)
+        since = watch.since = None if watch.since is None else watch.since + 1
+        if since is not None and since <= self.rest:
             return False
-        if not self.monitor.observe(nis, info.labels * model.policy.action_size):
+        if not watch.monitor.observe(nis, info.labels * model.policy.action_size):
             return False
-        head.reopen(self.fraction)
-        self._resting.left = self.rest
+        if before is not None and (since is None or since > self.rest + watch.reference.lag):
+            head.reopen(self.fraction, before)
+        else:
+            head.reopen(self.fraction)
+        watch.since = 0
         return True
 
 

@@ -5,7 +5,9 @@ Results are rows of plain numbers; :mod:`kbt_rl.experiments.change_report` write
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +16,12 @@ from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
 from kbt_rl.callbacks.adaptation import ReopenOnDetection
 from kbt_rl.envs.plant import NOMINAL, SHIFTED
+from kbt_rl.experiments.aggregate import Estimate, estimate
 from kbt_rl.experiments.change_setup import (
+    CUSUM,
     EXPERT,
     FALSE_ALARM_RATE,
+    LEARNED,
     NOISE_LAG,
     NONE,
     PRETRAINED,
@@ -153,22 +158,21 @@ def _evaluated(
 def run_stationary(pretrained: KBT, stream_seed: int, samples: int, noise_variance: float) -> list[FalseAlarmRow]:
     """False alarms of several tests on one plant on which nothing changes, from the first label on.
 
-    One learner is told the label noise and nothing of the misfit, one learns the noise. The tests look on: nothing
-    re-opens the posterior, so that all see the same innovations.
+    One learner is told the label noise, one learns it, and neither is told of the misfit, which is the harder case. The
+    tests look on: nothing re-opens the posterior, so that all see the same innovations. Beside them stand strategies as
+    they meet the shifts, each with a learner of its own that a false alarm re-opens.
     """
-    config = ChangeConfig(pretrained.seed or 0, stream_seed, noise_variance=noise_variance, misfit_variance=0.0)
+    config = ChangeConfig(pretrained.seed or 0, stream_seed, noise_variance=noise_variance)
     stream = labelled(config, pretrained.policy, [SHIFTED] * samples, 25)
-    return [
-        row
-        for told in (True, False)
-        for row in _watched(Learner(NONE if told else UNTOLD_NONE, pretrained, config), stream, noise_variance)
-    ]
+    untold = replace(config, misfit_variance=0.0)
+    watched = [_watched(Learner(name, pretrained, untold), stream, noise_variance) for name in (NONE, UNTOLD_NONE)]
+    acting = [_acting(name, Learner(name, pretrained, config), stream, noise_variance) for name in (CUSUM, LEARNED)]
+    return [*(row for rows in watched for row in rows), *acting]
 
 
 def _watched(learner: Learner, stream: Sequence[Sample], noise_variance: float) -> list[FalseAlarmRow]:
     """Alarms of the tests on a learner's innovations."""
-    told = learner.estimate is None
-    lags = (0,) if told else (0, NOISE_LAG)
+    lags = (0,) if learner.told else (0, NOISE_LAG)
     kinds: dict[str, Callable[[], Monitor]] = {
         "window": lambda: WindowedChiSquare(FALSE_ALARM_RATE),
         "CUSUM": lambda: Cusum(FALSE_ALARM_RATE),
@@ -186,8 +190,33 @@ def _watched(learner: Learner, stream: Sequence[Sample], noise_variance: float) 
             monitor.observe(
                 reference.restate(info.nis, info.epistemic_variance / unit, info.predictive_variance / unit)
             )
-    noise = "known" if told else "learned"
     return [
-        FalseAlarmRow(name, noise_variance, noise, reference.lag, misfit, len(stream), monitor.alarms)
+        FalseAlarmRow(name, noise_variance, _noise(learner), reference.lag, misfit, len(stream), monitor.alarms)
         for name, misfit, reference, monitor in tests
     ]
+
+
+def _acting(name: str, learner: Learner, stream: Sequence[Sample], noise_variance: float) -> FalseAlarmRow:
+    """Alarms of a strategy that re-opens the posterior at each of them."""
+    for sample in stream:
+        learner.learn(sample)
+    strategy = learner.strategy
+    assert isinstance(strategy, ReopenOnDetection)
+    lag, misfit = strategy.reference.lag, strategy.reference.floor
+    return FalseAlarmRow(name, noise_variance, _noise(learner), lag, misfit, len(stream), strategy.alarms)
+
+
+def _noise(learner: Learner) -> str:
+    return "known" if learner.told else "learned"
+
+
+# ---------------------------------------------------------------------- in short
+
+
+def success_after(rows: Sequence[SuccessRow], strategy: str, samples: int) -> Estimate:
+    """Success so many labels after a shift, with an interval over shifts; under the drift over trials."""
+    moves: defaultdict[tuple[int, int, int], list[float]] = defaultdict(list)
+    for row in rows:
+        if row.strategy == strategy and row.samples == samples:
+            moves[row.pretrain_seed, row.stream_seed, row.shift].append(row.success)
+    return estimate([float(np.mean(values)) for values in moves.values()])

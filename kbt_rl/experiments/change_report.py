@@ -1,27 +1,30 @@
-"""Files, summary and figure of the experiments with a changing world."""
+"""Files, tables and summary of the experiments with a changing world."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
-from kbt_rl.experiments.aggregate import Estimate, estimate
-from kbt_rl.experiments.change import DelayRow, FalseAlarmRow, SuccessRow, run_drift, run_shifts, run_stationary
+from kbt_rl.experiments.change import (
+    DelayRow,
+    FalseAlarmRow,
+    SuccessRow,
+    run_drift,
+    run_shifts,
+    run_stationary,
+    success_after,
+)
 from kbt_rl.experiments.change_setup import (
     CUSUM,
-    EXPERT,
     FORGETTING,
     LEARNED,
     NONE,
-    PRETRAINED,
     PROCESS,
     TOWARDS,
     TRAP,
@@ -30,42 +33,16 @@ from kbt_rl.experiments.change_setup import (
     draw_plants,
 )
 from kbt_rl.experiments.config import digest
+from kbt_rl.experiments.figures_change import draw_change
 from kbt_rl.experiments.learners import pretrain
-from kbt_rl.experiments.plot_style import (
-    BLUE,
-    FAINT,
-    GREEN,
-    INK,
-    ORANGE,
-    PURPLE,
-    VERMILION,
-    legend_below,
-    new_figure,
-    save,
-    style,
-)
+from kbt_rl.experiments.plot_style import save, style
+from kbt_rl.experiments.report import text_table
 from kbt_rl.experiments.runner import versions, write_json
 from kbt_rl.experiments.tables import read_rows, write_rows
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 #: Compared on successive plants, and under the drift.
 SHIFT_STRATEGIES = (NONE, FORGETTING, PROCESS, TOWARDS, WINDOW, CUSUM, LEARNED, TRAP)
 DRIFT_STRATEGIES = (NONE, FORGETTING, PROCESS, CUSUM)
-_COLOURS = {
-    NONE: FAINT,
-    FORGETTING: GREEN,
-    PROCESS: BLUE,
-    TOWARDS: "#56B4E9",
-    WINDOW: PURPLE,
-    CUSUM: VERMILION,
-    LEARNED: ORANGE,
-    TRAP: "#8c6d1f",
-    PRETRAINED: "#c3c8cf",
-    EXPERT: INK,
-}
 
 
 def run(configs: Sequence[ChangeConfig], stationary: tuple[int, Sequence[float]], out: Path, console: Console) -> None:
@@ -140,19 +117,10 @@ def _write(
     summary = summarise(shifts, delays, drift, alarms)
     runs = [asdict(config) for config in configs]
     write_json({**summary, "configurations": runs, "versions": versions()}, out / "change_summary.json")
-    console.print(summary)
     with style():
-        save(draw(shifts, delays, drift), out / "change.png")
-    console.print(f"written {out / 'change.png'}")
-
-
-def success_after(rows: Sequence[SuccessRow], strategy: str, samples: int) -> Estimate:
-    """Success so many labels after a shift: mean over the shifts of a trial, interval over trials."""
-    trials: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-    for row in rows:
-        if row.strategy == strategy and row.samples == samples:
-            trials[row.pretrain_seed, row.stream_seed].append(row.success)
-    return estimate([float(np.mean(values)) for values in trials.values()])
+        save(draw_change(shifts, delays, drift), out / "change.png")
+    print_change(summary, console)
+    console.print(f"written to {out}")
 
 
 def summarise(
@@ -192,49 +160,26 @@ def _detection(delays: Sequence[DelayRow], strategy: str) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------- figure
+def print_change(summary: dict[str, Any], console: Console) -> None:
+    """Print what ``summarise`` found: success, detection and false alarms."""
+    after, drift = summary["success_after_shift"], summary["success_under_drift"]
+    success = [
+        [name, *(_interval(at) for at in found.values()), f"{drift[name]['mean']:.2f}" if name in drift else "-"]
+        for name, found in after.items()
+    ]
+    header = ["strategy", *next(iter(after.values()), {}), "under the drift"]
+    console.print(text_table("Success so many labels after a shift", header, success))
+    detection = [[name, *map(str, found.values())] for name, found in summary["detection"].items()]
+    header = ["strategy", "shifts", "noticed in 5", "missed", "largest delay", "further alarms", "false before"]
+    console.print(text_table("Alarms", header, detection))
+    false = [
+        [row["test"], f"{row['noise_variance']:g} N²", row["noise"], str(row["lag"]), f"{row['misfit']:g}",
+         f"{row['samples']:,}", str(row["alarms"])]
+        for row in summary["false_alarms"]
+    ]  # fmt: skip
+    header = ["test or strategy", "labels with", "noise is", "lag", "misfit", "samples", "alarms"]
+    console.print(text_table("False alarms while nothing changes", header, false))
 
 
-def draw(shifts: Sequence[SuccessRow], delays: Sequence[DelayRow], drift: Sequence[SuccessRow]) -> Figure:
-    """Success after a shift, delay of the alarms, and success under the drift."""
-    figure, axes = new_figure(4.6, ncols=3, width_ratios=(1.25, 1.0, 1.25))
-    _draw_shifts(axes[0, 0], shifts)
-    _draw_delays(axes[0, 1], delays)
-    _draw_drift(axes[0, 2], drift)
-    legend_below(figure, axes[0, 0], columns=3)
-    return figure
-
-
-def _draw_shifts(axes: Axes, rows: Sequence[SuccessRow]) -> None:
-    checkpoints = sorted({row.samples for row in rows})
-    for name in dict.fromkeys(row.strategy for row in rows):
-        points = [success_after(rows, name, samples) for samples in checkpoints]
-        middle = [point.mean for point in points]
-        errors = [[p.mean - p.lower for p in points], [p.upper - p.mean for p in points]]
-        line = ":" if name in (EXPERT, PRETRAINED) else "-"
-        axes.errorbar(
-            checkpoints, middle, np.array(errors), label=name, color=_COLOURS[name], linestyle=line, marker="o",
-            markersize=4, capsize=2,
-        )  # fmt: skip
-    axes.set(title="Ten successive plants", xlabel="labels since the shift", ylabel="success", ylim=(-0.03, 1.05))
-
-
-def _draw_delays(axes: Axes, rows: Sequence[DelayRow]) -> None:
-    names = list(dict.fromkeys(row.strategy for row in rows))
-    labels, width = ["1", "2", "3", "4", "5", "6+", "none"], 0.8 / max(len(names), 1)
-    for index, name in enumerate(names):
-        found = [row.delay for row in rows if row.strategy == name and row.shift > 0]
-        places = [6 if delay is None else min(delay, 6) - 1 for delay in found]
-        shares = np.bincount(places, minlength=len(labels)) / max(len(places), 1)
-        axes.bar(np.arange(len(labels)) + (index - (len(names) - 1) / 2) * width, shares, width, color=_COLOURS[name])
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set(title="Labels until noticed", xlabel="labels since the shift", ylabel="share of the shifts")
-
-
-def _draw_drift(axes: Axes, rows: Sequence[SuccessRow]) -> None:
-    checkpoints = sorted({row.samples for row in rows})
-    for name in dict.fromkeys(row.strategy for row in rows):
-        middle = [success_after(rows, name, samples).mean for samples in checkpoints]
-        line = ":" if name in (EXPERT, PRETRAINED) else "-"
-        axes.plot(checkpoints, middle, color=_COLOURS[name], linestyle=line)
-    axes.set(title="A slow drift", xlabel="labels", ylabel="success on the plant of the moment", ylim=(-0.03, 1.05))
+def _interval(found: dict[str, Any]) -> str:
+    return f"{found['mean']:.2f} [{found['lower']:.2f}, {found['upper']:.2f}]"

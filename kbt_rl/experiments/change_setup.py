@@ -20,9 +20,10 @@ from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.callbacks.adaptation import AdaptationStrategy, Forgetting, ProcessNoise, ReopenOnDetection, TowardsPrior
 from kbt_rl.envs.plant import LABEL_BOX, NOMINAL, SHIFTED, InvertedPendulumParams
 from kbt_rl.envs.schedule import PLANT_RANGES, reflected
-from kbt_rl.experiments.config import KBT_METHOD
+from kbt_rl.experiments.config import KBT_METHOD, Method
 from kbt_rl.experiments.learners import build, features_of
 from kbt_rl.experiments.simulation import PlantBatch, expert_force, simulate, starts
+from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.monitor import Cusum, WindowedChiSquare
 
 Params = InvertedPendulumParams
@@ -72,8 +73,9 @@ class ChangeConfig:
         checkpoints: Labels since the shift at which the policy is evaluated.
         starts: Episodes of an evaluation.
         noise_variance: Of the labels, N^2.
-        misfit_variance: What a head that is told the noise assumes on top of it, N^2, since 25 labels of a new plant
-            are fitted all too well otherwise: the frozen features cannot express the expert exactly.
+        misfit_variance: What a head that is told the noise assumes on top of it, and the least that one assumes that
+            learns it, N^2. The frozen features cannot express the expert exactly, and weights that follow the labels
+            all too well on one plant are a bad start for the next.
         drift_samples: Labels under the drift.
         drift_rate: Standard deviation of the step that each logarithm takes with every label.
         drift_every: Labels between two evaluations under the drift.
@@ -145,47 +147,28 @@ def drifting_plants(config: ChangeConfig) -> Iterator[Params]:
 # ---------------------------------------------------------------------- learning
 
 
-class NoiseEstimate:
-    """Label noise from the innovations, exponentially forgotten; it sets the variance that the head assumes.
+class Learner:
+    """A KBT model with its strategy; it is told the noise of the labels, or learns it.
 
-    A sample counts as the second moment of its noise given its innovation, ``(r / s)^2 e^2 + r (1 - r / s)`` for
-    assumed noise ``r`` and predictive variance ``s`` (the EM step): what the weights may explain says little about it.
-    A stand-in for a noise model of the head's own, for one output.
-
-    Args:
-        forgetting: Memory of ``1 / (1 - forgetting)`` samples.
-        trust: How many samples the first value counts as.
+    Either way it is told the misfit: as noise on top, or as the smallest noise that it may learn.
     """
 
-    def __init__(self, forgetting: float = 0.995, trust: float = 10.0) -> None:
-        self.forgetting, self._weight = forgetting, trust
-
-    def after_update(self, model: KBT, info: KBTInfo) -> None:
-        """Follow the innovation that the update saw."""
-        noise = info.predictive_variance - info.epistemic_variance
-        share = noise / info.predictive_variance
-        seen = (share * info.innovation) ** 2 + noise * (1.0 - share)
-        self._weight = self.forgetting * self._weight + 1.0
-        model.policy.head.set_noise(noise + (seen - noise) / self._weight)
-
-
-class Learner:
-    """A KBT model with its strategy and, where it is not told the noise, its estimate of it."""
-
     def __init__(self, name: str, pretrained: KBT, config: ChangeConfig) -> None:
-        told = name not in UNTOLD
-        model = build(KBT_METHOD, pretrained, config.noise_variance + config.misfit_variance if told else 0.0)
+        self.told = name not in UNTOLD
+        if self.told:
+            model = build(KBT_METHOD, pretrained, config.noise_variance + config.misfit_variance)
+        else:
+            unit = pretrained.policy.head.mean_square_scale * SHIFTED.max_force**2
+            floor = max(config.misfit_variance / unit, HeadConfig.noise_floor)
+            model = build(Method("learned noise", "kbt", {"noise": "learned", "noise_floor": floor}), pretrained)
         assert isinstance(model, KBT)
         self.model, self.strategy = model, strategies()[name]()
-        self.estimate = None if told else NoiseEstimate()
         self.noticed = False
 
     def learn(self, sample: Sample) -> KBTInfo:
         """Learn a sample, and let the strategy react."""
         info = self.model.update(sample)
         assert isinstance(info, KBTInfo)
-        if self.estimate is not None:
-            self.estimate.after_update(self.model, info)
         self.noticed = self.strategy is not None and self.strategy.after_update(self.model, info)
         return info
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -18,12 +18,17 @@ SHOWN = (10, 20, 30, 50, 100, 200, 400)
 def print_report(tables: Tables, console: Console) -> None:
     """Print success, regret, time per sample, uncertainty and the figures to reach."""
     for title, header, rows in _all_tables(tables):
-        table = Table(title=title, title_justify="left")
-        for index, name in enumerate(header):
-            table.add_column(name, justify="right" if index else "left")
-        for row in rows:
-            table.add_row(*(cell.replace(" [", "\n[") for cell in row))  # intervals below their means, to save width
-        console.print(table)
+        console.print(text_table(title, header, rows))
+
+
+def text_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for the terminal; intervals go below their means, to save width."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(cell.replace(" [", "\n[") for cell in row))
+    return table
 
 
 def markdown_report(tables: Tables) -> str:

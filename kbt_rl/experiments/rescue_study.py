@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.experiments.aggregate import estimate
@@ -21,6 +20,7 @@ from kbt_rl.experiments.config import PRETRAINING, Method, digest, tuned, warm_s
 from kbt_rl.experiments.label_rules import RuleTrial, run_rule
 from kbt_rl.experiments.learners import pretrain
 from kbt_rl.experiments.plot_style import BLUE, INK, ORANGE, VERMILION, legend_below, new_figure, style
+from kbt_rl.experiments.report import text_table
 from kbt_rl.experiments.rescue import Labelling, RescueTrial, run_rescue
 from kbt_rl.experiments.runner import versions, write_json
 from kbt_rl.experiments.tables import write_rows
@@ -164,15 +164,14 @@ def print_rescue(rows: Sequence[RescueRow], console: Console) -> None:
     """A table a labelling: share without a fall, and success, over all policies and starts."""
     for asked in dict.fromkeys((row.source, row.labels, row.every) for row in rows):
         source, labels, every = asked
-        table = Table(title=f"{labels} labels, {source}, one every {every} steps, then none")
-        for heading in ("method", "no fall", "success", "starts"):
-            table.add_column(heading, justify="left" if heading == "method" else "right")
+        body = []
         own = [row for row in rows if (row.source, row.labels, row.every) == asked]
         for method in dict.fromkeys(row.method for row in own):
             found = [row for row in own if row.method == method]
             shares = (estimate([getattr(row, name) for row in found]).mean for name in ("no_fall", "success"))
-            table.add_row(method, *(f"{share:.2f}" for share in shares), str(sum(row.starts for row in found)))
-        console.print(table)
+            body.append([method, *(f"{share:.2f}" for share in shares), str(sum(row.starts for row in found))])
+        title = f"{labels} labels, {source}, one every {every} steps, then none"
+        console.print(text_table(title, ("method", "no fall", "success", "starts"), body))
 
 
 def draw_rules(rows: Sequence[RuleRow]) -> Figure:

@@ -38,7 +38,8 @@ class HeadConfig:
             labels count for more than they are worth, which no later label can take back.
         noise_labels: How many labels' worth of trust the start gets.
         noise_memory: Labels over which the learned noise averages; infinite for a noise that never changes.
-        noise_floor: Smallest noise variance that is learned.
+        noise_floor: Smallest noise variance that is learned. Where the world may change again, some 0.01: what the
+            features cannot express of one world is then not learned as if it were exact, at the cost of the next.
         noise_statistic: ``innovation`` or ``variational``: how the noise is learned, see ``inference.noise``.
         robust_dof: Degrees of freedom of Student's t noise, 2 to 10 say, so that wild labels count for little; None for
             Gaussian noise. The noise covariance is then that of ordinary labels (rule ``measure`` only).

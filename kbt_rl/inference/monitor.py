@@ -10,7 +10,8 @@ alarm.
   "calibrated", and forgets at zero: the quickest test of that change for its false-alarm rate (Lorden 1971).
 
 ``NoiseReference`` guards both against two ways in which a NIS is not chi-square: predictions that are overconfident by
-a model misfit, and a noise estimate that swallows the very change that should be noticed.
+a model misfit, and a noise estimate that swallows the very change that should be noticed. It looks back by ``Lagged``,
+and so does who puts the noise back once the change is noticed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from scipy.stats import chi2
 
 from kbt_rl.inference.run_length import cusum_threshold
+
+T = TypeVar("T")
 
 
 class Monitor(ABC):
@@ -159,6 +162,31 @@ def upper_quantile(rate: float, degrees: int) -> float:
     return float(chi2.isf(rate, degrees))
 
 
+class Lagged(Generic[T]):
+    """The value of ``lag`` samples ago; at the start, when values are still far off, at most half the samples so far.
+
+    Args:
+        lag: Samples back; 0 is now.
+    """
+
+    def __init__(self, lag: int) -> None:
+        if lag < 0:
+            raise ValueError(f"lag is {lag}; it counts samples back, 0 is now")
+        self.lag = lag
+        self._values: deque[T] = deque(maxlen=lag)
+        self._samples = 0
+
+    def value(self, now: T) -> T:
+        """The lagged value for a sample whose own is ``now``."""
+        age = min(self.lag, (self._samples + 1) // 2, len(self._values))
+        return now if age == 0 else self._values[-age]
+
+    def add(self, now: T) -> None:
+        """Keep the value of a sample."""
+        self._values.append(now)
+        self._samples += 1
+
+
 class NoiseReference:
     """Restates a NIS against a noise level that neither a misfit nor a change of the world can deceive.
 
@@ -170,19 +198,15 @@ class NoiseReference:
             large misfit looks like a change.
         lag: The noise level is the one of so many samples ago. 0, for known noise, takes the current one. A noise
             estimate that learns all the time swallows a change within a few samples, and a test against it never fires
-            (or much too late); the level from before the change cannot know of it. At the start, when the estimate is
-            still far off, the lag is at most half the samples so far. Nothing is held for ever, so a lasting change of
-            the noise itself becomes the new level after ``lag`` samples.
+            (or much too late); the level from before the change cannot know of it; see ``Lagged``. Nothing is held for
+            ever, so a lasting change of the noise itself becomes the new level after ``lag`` samples.
     """
 
     def __init__(self, floor: float = 0.0, lag: int = 0) -> None:
         if not 0.0 <= floor < math.inf:
             raise ValueError(f"floor is {floor}; a variance is finite and not negative")
-        if lag < 0:
-            raise ValueError(f"lag is {lag}; it counts samples back, 0 is now")
         self.floor, self.lag = floor, lag
-        self._levels: deque[float] = deque(maxlen=lag)
-        self._samples = 0
+        self._levels: Lagged[float] = Lagged(lag)
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor."""
@@ -204,11 +228,8 @@ class NoiseReference:
                 f"epistemic variance {epistemic}, predictive {predictive}; expected 0 <= the first <= both"
             )
         noise = predictive - epistemic
-        age = min(self.lag, (self._samples + 1) // 2, len(self._levels))
-        level = noise if age == 0 else self._levels[-age]
-        expected = epistemic + level + self.floor
+        expected = epistemic + self._levels.value(noise) + self.floor
         if not expected > 0.0:
             raise ValueError("predictive variance, reference level and floor are all zero; pass a positive floor")
-        self._levels.append(noise)
-        self._samples += 1
+        self._levels.add(noise)
         return nis * predictive / expected

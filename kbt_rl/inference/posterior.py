@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from kbt_rl.inference import revision
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.history import History
 from kbt_rl.inference.interrupts import interrupts_deferred
 from kbt_rl.inference.memory import Memory, prepare
-from kbt_rl.inference.noise import NoiseModel
+from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.prior import prior_cov, prior_means
 from kbt_rl.inference.state import HeadState
@@ -184,10 +185,34 @@ class Posterior(nn.Module):
         """The posterior; shares memory with the module."""
         return self._memory().state
 
-    def reopen(self, fraction: float = 1.0) -> None:
-        """Keep the means and move the covariance towards the prior's, by default all the way; see ``revision``."""
-        with self._lock:
+    def reopen(self, fraction: float = 1.0, noise: NoiseEstimate | None = None) -> None:
+        """Keep the means and move the covariance towards the prior's, by default all the way; see ``revision``.
+
+        Args:
+            fraction: How far, in (0, 1].
+            noise: What a learned noise is put back to, a ``noise_estimate`` of before: labels that no longer fit the
+                weights have raised it, and with too large a noise the opened weights would learn slowly.
+
+        Raises:
+            ValueError: The fraction is out of range, or the noise of this head is not learned.
+        """
+        if noise is not None and not self.learns_noise:
+            raise ValueError("the noise of this head is not learned, so there is none to put back; see set_noise")
+        with self._changing():
             revision.reopen(self.state, self._prior_cov(), fraction)
+            if noise is not None:
+                self._memory().keep(noise)
+                increment_version(self.noise_cov)
+
+    @property
+    def noise_estimate(self) -> NoiseEstimate | None:
+        """What is thought of a noise that is learned, as a copy in units of ``target_scale``; None for a known one."""
+        if not self.learns_noise:
+            return None
+        with self._lock:
+            belief = self._memory().belief()
+        assert belief is not None
+        return belief.estimate
 
     def forget(self, factor: float) -> None:
         """Keep the means and divide the covariance by a factor in (0, 1]; see ``revision``."""
