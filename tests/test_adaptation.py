@@ -306,3 +306,16 @@ def test_a_strategy_serves_several_models_and_a_new_start_forgets() -> None:
 def test_bad_settings(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_learned_noise_without_a_lag_is_warned_of() -> None:
+    model = kbt(policy_kwargs={"head": HeadConfig(noise="learned")})
+    with pytest.warns(UserWarning, match="noise_lag=50"):
+        ReopenOnDetection().attach(model)
+    ReopenOnDetection(noise_lag=50).attach(model)  # a warning would be an error here
+
+
+def test_discrete_labels_are_refused_before_anything_runs() -> None:
+    model = KBT(env=gym.make("kbt_rl/DiscreteInvertedPendulum-v0"), seed=0)
+    with pytest.raises(ValueError, match="not chi-square"):
+        model.learn(1, callback=KalmanAdapter(lambda states: np.zeros(len(states)), strategy=ReopenOnDetection()))

@@ -7,6 +7,7 @@ leaves it alone until a monitor says that the innovations are no longer plausibl
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -169,7 +170,22 @@ class ReopenOnDetection(AdaptationStrategy):
         return self.monitor.alarms
 
     def attach(self, model: KBT) -> None:
-        """Go on where this test left off on the model, else start there."""
+        """Go on where this test left off on the model, else start there.
+
+        Raises:
+            ValueError: The actions are discrete: the innovations of their labels are not chi-square.
+        """
+        head = model.policy.head
+        if head.rule.link == "softmax":
+            raise ValueError(
+                "the innovations of discrete labels are not chi-square, so this test would mean nothing; use "
+                "TowardsPrior, ProcessNoise or Forgetting with discrete actions"
+            )
+        if head.learns_noise and self.reference.lag == 0:
+            warnings.warn(
+                "the noise is learned and will swallow what this test should notice; pass noise_lag=50 or so",
+                stacklevel=2,
+            )
         test, settings, noise = type(self.monitor), self.monitor.settings(), self.reference.settings()
         key = f"{test.__name__} {settings} {noise} {self.rest}"
         if key not in model.strategy_state:  # objects of its own: a strategy may serve several models in turn
