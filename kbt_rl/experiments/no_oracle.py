@@ -37,6 +37,8 @@ _TEST_SEED_OFFSET = 700_000
 IDENTIFIED_IID, IDENTIFIED_VISITED = "identified, i.i.d. labels", "identified, labels at visited states"
 ORACLE_IID, ORACLE_VISITED = "oracle, i.i.d. labels", "oracle, labels at visited states"
 PRETRAINED, EXPERT_ACTS = "pre-trained, no labels", "identified LQR acts itself"
+#: Standard deviation of the dither in the methods named so, N.
+DITHER = 3.0
 
 
 @dataclass(frozen=True)
@@ -272,11 +274,13 @@ def study_plan(*, seed: int = 1000, quick: bool = False, policies: int = 2) -> l
         quick: One policy, few learners, one episode; for a look.
         policies: Pre-trained policies.
     """
-    few = {"learners": 10}
+    few, dithered = {"learners": 10}, {"dither": DITHER, "learners": 20}
     once = {"checkpoints": (1,)}
     methods: list[dict[str, Any]] = [
         {"name": IDENTIFIED_IID, "labels": "iid"},
         {"name": IDENTIFIED_VISITED, "labels": "visited"},
+        {"name": f"{IDENTIFIED_IID}, dither {DITHER:g} N", "labels": "iid", **dithered},
+        {"name": f"{IDENTIFIED_VISITED}, dither {DITHER:g} N", "labels": "visited", **dithered},
         {"name": PRETRAINED, "labels": "none", **once},
         {"name": EXPERT_ACTS, "labels": "none", "expert_acts": True, **once},
         {"name": ORACLE_IID, "labels": "iid", "oracle": True, **few},
