@@ -574,18 +574,57 @@ def act(
 
 
 @_compiled
+def _resolved(
+    mean: Array, covs: tuple[Array, ...], first: Array, shapes: Shapes, inputs: Array, row: RowPass, least: float
+) -> bool:
+    """Whether ``resolution``'s quotient of a row ``[z; 1]``, for one output, is at least ``least``."""
+    n, k, per_row = shapes[0]
+    cross, variances = row[2][0], row[3]
+    hidden, two = n * k, len(covs) == 2
+    together, apart, offset, begin = 0.0, 0.0, 0, 0
+    for unit in range(n):
+        if unit == begin + per_row:  # the next block row of the triangle
+            offset += (begin + per_row) * k * per_row * k
+            begin = unit
+        width, own, slope = min(begin + per_row, n) * k, unit * k, 1.0
+        if two:
+            variance = 0.0
+            for p in range(k):
+                place = offset + (own - begin * k + p) * width + own
+                for q in range(k):
+                    variance += inputs[p] * inputs[q] * _entry(first, unit, p, q, place + q)
+            activation, _, slope, _ = _relu_unit(_dot(mean[own : own + k], inputs), max(variance, 0.0))
+            slope *= mean[hidden + unit]
+            together += activation * cross[hidden + unit]
+            apart += activation * activation * variances[hidden + unit]
+        for p in range(k):
+            gradient = slope * inputs[p]
+            together += gradient * cross[own + p]
+            apart += gradient * gradient * variances[own + p]
+    if two:
+        together += cross[hidden + n]
+        apart += variances[hidden + n]
+    return together >= least * apart
+
+
+@_compiled
 def learn(
     mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
     centre: Array, scale: Array, labels_seen: Array,
-    features: Array, o: int, label: float, noise: float, replacing: bool, kept: float,
+    features: Array, o: int, label: float, noise: float, replacing: bool, kept: float, least: float,
 ) -> ScalarRecord:  # fmt: skip
-    """A whole update on one row and the label of one output, in one call; or nothing changes."""
+    """A whole update on one row and the label of one output, in one call; or nothing changes.
+
+    With ``least`` above 0 nor does it for a row that needs a repair, see ``resolution``.
+    """
     inputs = np.empty(features.size)
     for i in range(features.size):
         inputs[i] = (features[i] - centre[i]) / scale[i]
     row = propagate(mean, covs, first, between, shapes, workspace, inputs, o)
     record: ScalarRecord
     record, sign, moved, moves = _scalar_step(row, label, noise, replacing, kept)
+    if least > 0.0 and not _resolved(mean, covs, first, shapes, _with_one(inputs), row, least):
+        record = (record[0], record[1], record[2], 0.0)
     if record[3] == 1.0:
         signs = np.empty(1)
         signs[0] = sign
