@@ -591,8 +591,12 @@ def _resolved(
             variance = 0.0
             for p in range(k):
                 place = offset + (own - begin * k + p) * width + own
-                for q in range(k):
-                    variance += inputs[p] * inputs[q] * _entry(first, unit, p, q, place + q)
+                if first.ndim == 1:
+                    variance += inputs[p] * _dot(first[place : place + k], inputs)
+                elif first.ndim == 3:
+                    variance += inputs[p] * _dot(first[unit, p], inputs)
+                else:  # the structure that has nothing to repair
+                    variance += inputs[p] * inputs[p] * first[unit, p]
             activation, _, slope, _ = _relu_unit(_dot(mean[own : own + k], inputs), max(variance, 0.0))
             slope *= mean[hidden + unit]
             together += activation * cross[hidden + unit]
