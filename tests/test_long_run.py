@@ -28,7 +28,7 @@ def check(record: dict[str, Any]) -> None:
         assert max(record["mean_error"], record["cov_error"]) < (1e-6 if uneven else 1e-10)
     elif not uneven or record["structure"] == "diagonal":
         assert record["repairs"] == 0
-        assert max(record["mean_error"], record["cov_error"]) < 1e-3
+        assert max(record["mean_error"], record["cov_error"]) < (1e-3 if record["updates"] < 10_000 else 2e-2)
 
 
 @pytest.mark.parametrize("stream", ["even", "uneven"])
