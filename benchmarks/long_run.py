@@ -1,9 +1,11 @@
 """Very many updates on a noisy stream: does rounding ever spoil the covariance, and does it drift?
 
-For each structure, for inputs in float64 and float32, with one layer and with two. Recorded are the smallest eigenvalue
-of the covariance at the end, its asymmetry, how often a weight's variance grew between two looks, and, for one layer,
-the distance to a reference in extended precision (80 bits on x86): exact Bayesian regression in information form, or
-for ``diagonal`` the same recursion. Two layers have no such reference.
+For each structure, for posteriors in float64 and in float32, with one layer and with two, on features that vary alike
+in every direction and on features that hardly vary in most. Recorded are the smallest eigenvalue of the covariance and
+of its correlations at the end, its asymmetry, how often a weight's variance grew between two looks, refused updates and
+repairs (``kbt_rl.inference.resolution``), and the distance to a reference in extended precision (80 bits on x86) on the
+same stream: for one layer exact Bayesian regression in information form, or for ``diagonal`` the same recursion; for
+two layers the same recursion, with the normal distribution function evaluated in float64.
 
     python benchmarks/long_run.py --updates 1000000 --out long_run.json
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import erfc
 from torch import nn
 
 from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.head import BayesianHead
 
 STRUCTURES = ("joint", "layer", "neuron", "diagonal")
-FEATURES, NOISE = 16, 0.1
+FEATURES = {1: 16, 2: 4}  # the reference of two layers takes arithmetic in no library's matrix product
+# Decades from the widest direction of the features to the narrowest, and the variance of the noise.
+STREAMS = {"even": (0.0, 0.1), "uneven": (4.0, 1e-3)}
 LONG = np.longdouble
 Array = npt.NDArray[Any]
 
@@ -33,14 +40,16 @@ Array = npt.NDArray[Any]
 class Exact:
     """Posterior of one linear layer in extended precision, ``(17,)`` and ``(17, 17)``."""
 
-    def __init__(self, mean: Array, cov: Array) -> None:
-        self.precision = inverse(cov.astype(LONG))
-        self.shift = self.precision @ mean.astype(LONG)
+    def __init__(self, head: BayesianHead) -> None:
+        self.noise = LONG(head.config.noise_variance)
+        self.precision = inverse(head.state.dense_cov().numpy().astype(LONG))
+        self.shift = self.precision @ head.mean.numpy().astype(LONG)
 
-    def update(self, inputs: Array, label: LONG) -> None:
+    def update(self, features: Array, label: LONG) -> None:
         """Add one row: ``P + x x' / R``."""
-        self.precision += np.outer(inputs, inputs) / LONG(NOISE)
-        self.shift += inputs * label / LONG(NOISE)
+        inputs = np.append(features, LONG(1.0))
+        self.precision += np.outer(inputs, inputs) / self.noise
+        self.shift += inputs * label / self.noise
 
     def posterior(self) -> tuple[Array, Array]:
         """Mean and covariance."""
@@ -48,22 +57,64 @@ class Exact:
         return cov @ self.shift, cov
 
 
-class ExactDiagonal:
-    """The recursion of the structure ``diagonal`` in extended precision."""
+class Recursion:
+    """The update of a head with one output, written out with full matrices in extended precision.
 
-    def __init__(self, mean: Array, cov: Array) -> None:
-        self.mean, self.variance = mean.astype(LONG), cov.diagonal().astype(LONG)
+    Args:
+        head: Of one or two layers, at its prior; ``mask`` of its structure says which entries are kept.
+    """
 
-    def update(self, inputs: Array, label: LONG) -> None:
-        """One update, of which the variances are kept."""
-        cross = self.variance * inputs
-        predictive = cross @ inputs + LONG(NOISE)
-        self.mean = self.mean + cross * (label - self.mean @ inputs) / predictive
-        self.variance = self.variance - cross * cross / predictive
+    def __init__(self, head: BayesianHead) -> None:
+        shapes, structure = head.spec.shapes, head.spec.structure
+        self.noise = LONG(head.config.noise_variance)
+        self.mean, self.cov = head.mean.numpy().astype(LONG), head.state.dense_cov().numpy().astype(LONG)
+        self.hidden = shapes[0] if len(shapes) == 2 else None
+        layer = np.repeat(np.arange(len(shapes)), [shape.size for shape in shapes])
+        neuron = np.concatenate([np.repeat(np.arange(n), k) for n, k in shapes])
+        kept = {"joint": 0 * layer, "layer": layer, "neuron": 1000 * layer + neuron, "diagonal": np.arange(len(layer))}
+        self.mask = kept[structure][:, None] == kept[structure]
+
+    def update(self, features: Array, label: LONG) -> None:
+        """One update; what the structure does not store is dropped."""
+        inputs = np.append(features, LONG(1.0))
+        if self.hidden is None:
+            mean, variance, cross = self.mean @ inputs, LONG(0.0), self.cov @ inputs
+            variance = cross @ inputs
+        else:
+            mean, variance, cross = self._two_layers(inputs)
+        total = variance + self.noise
+        self.mean = self.mean + cross * ((label - mean) / total)
+        self.cov = self.cov - np.where(self.mask, np.outer(cross, cross) / total, LONG(0.0))
+
+    def _two_layers(self, inputs: Array) -> tuple[Any, Any, Array]:
+        assert self.hidden is not None
+        n, k = self.hidden
+        size = n * k
+        first, last = self.mean[:size].reshape(n, k), self.mean[size:]
+        projection = (self.cov[:, :size].reshape(-1, n, k) @ inputs).reshape(-1, n)  # Cov(theta, u)
+        mean, cov = first @ inputs, projection[:size].reshape(n, k, n).transpose(0, 2, 1) @ inputs
+        variance = cov.diagonal()
+        sd = np.sqrt(variance)
+        ratio = mean / sd
+        upper = LONG(0.5) * erfc((-ratio * math.sqrt(0.5)).astype(float)).astype(LONG)
+        lower = LONG(0.5) * erfc((ratio * math.sqrt(0.5)).astype(float)).astype(LONG)
+        density = np.exp(LONG(-0.5) * ratio * ratio) / np.sqrt(LONG(2.0) * LONG(math.pi))
+        spread = upper + ratio * (ratio * (upper * lower) - density * (upper - lower)) - density * density
+        curvature = density / sd
+        z_cov = cov * (np.outer(upper, upper) + LONG(0.5) * cov * np.outer(curvature, curvature))
+        np.fill_diagonal(z_cov, variance * np.maximum(spread, 0.0))
+        z = np.append(mean * upper + sd * density, LONG(1.0))
+        carried = projection * upper  # Cov(theta, z)
+        shared, weights, own = carried[size:], last[:-1], self.cov[size:, size:]
+        cross = carried @ weights + self.cov[:, size:] @ z
+        linear = z @ own @ z + weights @ z_cov @ weights + (own[:-1, :-1] * z_cov).sum()
+        one_sided = (z @ shared) @ weights
+        both = (shared[:-1] * shared[:-1].T).sum()
+        return last @ z + shared[:-1].trace(), linear + 2 * one_sided + both, cross
 
     def posterior(self) -> tuple[Array, Array]:
         """Mean and covariance."""
-        return self.mean, np.diag(self.variance)
+        return self.mean, self.cov
 
 
 def inverse(matrix: Array) -> Array:
@@ -77,47 +128,90 @@ def inverse(matrix: Array) -> Array:
     return work[:, size:]
 
 
-def run(structure: str, layers: int, dtype: str, updates: int, seed: int = 1000) -> dict[str, Any]:
-    """One long stream; distances are relative to the reference's largest entry."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    config = HeadConfig(layers=layers, structure=structure, noise_variance=NOISE, hidden_variance=1e-4)
-    head = BayesianHead.from_linear(nn.Linear(FEATURES, 1), config)
-    law = rng.normal(size=FEATURES)
-    kind = ExactDiagonal if structure == "diagonal" else Exact
-    reference = kind(head.mean.numpy(), head.state.dense_cov().numpy()) if layers == 1 else None
-    before, growth, seconds, smallest = head.state.variances(), 0, 0.0, np.inf
-    look = max(updates // 1000, 1)
-    for index in range(updates):
-        features = rng.normal(size=(1, FEATURES)).astype(dtype)
-        label = (features @ law + 0.5 * np.abs(features[:, 0]) + NOISE**0.5 * rng.normal(size=1))[:, None].astype(dtype)
+class Stream:
+    """Features ``(1, d)`` whose directions vary by ``10 ** decades``, and labels of a function with a kink."""
+
+    def __init__(self, features: int, decades: float, noise: float, seed: int) -> None:
+        self.rng, self.deviation = np.random.default_rng(seed), math.sqrt(noise)
+        self.law = self.rng.normal(size=features)
+        turns = [np.linalg.qr(self.rng.normal(size=(features, features)))[0] for _ in range(2)]
+        mix = turns[0] * np.logspace(0.0, -decades, features) @ turns[1]
+        self.mix = mix / np.sqrt((mix * mix).sum(axis=0))
+
+    def sample(self) -> tuple[Array, Array]:
+        """A row and its label."""
+        features = self.rng.normal(size=(1, len(self.law))) @ self.mix
+        clean = features @ self.law + 0.5 * np.abs(features[:, 0])
+        return features, (clean + self.deviation * self.rng.normal(size=1))[:, None]
+
+
+class Watched:
+    """A head under test, and what has happened to it."""
+
+    def __init__(self, head: BayesianHead) -> None:
+        self.head, self.variances = head, head.state.variances()
+        self.grown, self.refused, self.repairs, self.smallest, self.seconds = 0, 0, 0, math.inf, 0.0
+
+    def update(self, features: Array, label: Array, look: bool) -> None:
+        """One update, and now and then a look at the variances."""
         start = time.perf_counter()
-        info = head.update(features, label)
-        seconds += time.perf_counter() - start
-        smallest = min(smallest, info.smallest_variance)
-        if reference is not None:
-            reference.update(np.append(features[0], 1.0).astype(LONG), LONG(label[0, 0]))
-        if index % look == 0 or index == updates - 1:
-            now = head.state.variances()
-            growth, before = growth + int((now > before).sum()), now
-    cov = head.state.dense_cov()
-    record = {
-        "structure": structure,
-        "layers": layers,
-        "dtype": dtype,
-        "updates": updates,
-        "smallest_eigenvalue": float(torch.linalg.eigvalsh(cov)[0]),
-        "largest_eigenvalue": float(torch.linalg.eigvalsh(cov)[-1]),
-        "asymmetry": float((cov - cov.mT).abs().max()),
-        "smallest_variance": float(smallest),
-        "variances_grown": growth,
-        "us_per_update": 1e6 * seconds / updates,
-    }
-    if reference is not None:
-        mean, exact = reference.posterior()
-        record["mean_error"] = float(np.abs(head.mean.numpy() - mean).max() / np.abs(mean).max())
-        record["cov_error"] = float(np.abs(cov.numpy() - exact).max() / np.abs(exact).max())
-    return record
+        try:
+            info = self.head.update(features, label)
+        except UpdateError:
+            self.refused += 1
+            return
+        finally:
+            self.seconds += time.perf_counter() - start
+        self.repairs += info.repairs
+        self.smallest = min(self.smallest, info.smallest_variance)
+        if look:
+            now = self.head.state.variances()
+            self.grown, self.variances = self.grown + int((now > self.variances).sum()), now
+
+    def record(self, mean: Array, exact: Array) -> dict[str, Any]:
+        """What is left, beside a reference; distances are relative to the reference's largest entry."""
+        cov = self.head.state.dense_cov().double()
+        scale = cov.diagonal().rsqrt()
+        drift = np.sqrt(cov.diagonal().numpy() / exact.diagonal()) - 1.0
+        return {
+            "smallest_eigenvalue": float(torch.linalg.eigvalsh(cov)[0]),
+            "largest_eigenvalue": float(torch.linalg.eigvalsh(cov)[-1]),
+            "smallest_correlation_eigenvalue": float(torch.linalg.eigvalsh(scale.unsqueeze(-1) * cov * scale)[0]),
+            "asymmetry": float((cov - cov.mT).abs().max()),
+            "smallest_variance": self.smallest,
+            "variances_grown": self.grown,
+            "refused": self.refused,
+            "repairs": self.repairs,
+            "mean_error": float(np.abs(self.head.mean.double().numpy() - mean).max() / np.abs(mean).max()),
+            "cov_error": float(np.abs(cov.numpy() - exact).max() / np.abs(exact).max()),
+            "deviation_error": float(np.abs(drift).max()),
+            "us_per_update": 1e6 * self.seconds,
+        }
+
+
+def run(structure: str, layers: int, stream: str, updates: int, seed: int = 1000) -> list[dict[str, Any]]:
+    """One long stream for a head in float64 and one in float32; their records."""
+    torch.manual_seed(seed)
+    decades, noise = STREAMS[stream]
+    linear = nn.Linear(FEATURES[layers], 1)
+    config = {"layers": layers, "structure": structure, "noise_variance": noise, "hidden_variance": 1e-4}
+    dtypes = ("float64", "float32")
+    watched = [Watched(BayesianHead.from_linear(linear, HeadConfig(**config, dtype=dtype))) for dtype in dtypes]
+    exact = layers == 1 and structure != "diagonal"
+    reference = Exact(watched[0].head) if exact else Recursion(watched[0].head)
+    samples = Stream(FEATURES[layers], decades, noise, seed)
+    every = max(updates // 1000, 1)
+    for index in range(updates):
+        features, label = samples.sample()
+        for one in watched:
+            one.update(features, label, index % every == 0 or index == updates - 1)
+        reference.update(features[0].astype(LONG), LONG(label[0, 0]))
+    told = {"structure": structure, "layers": layers, "stream": stream, "updates": updates}
+    posterior = reference.posterior()
+    records = [{**told, "dtype": dtype, **one.record(*posterior)} for dtype, one in zip(dtypes, watched, strict=True)]
+    for record in records:
+        record["us_per_update"] /= updates
+    return records
 
 
 def main() -> None:
@@ -126,12 +220,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("long_run.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    records = []
-    for structure in STRUCTURES:
-        for layers in (1, 2):
-            for dtype in ("float64", "float32"):
-                records.append(run(structure, layers, dtype, options.updates))
-                print(records[-1], flush=True)
+    records: list[dict[str, Any]] = []
+    for stream in STREAMS:
+        for layers in FEATURES:
+            for structure in STRUCTURES:
+                for record in run(structure, layers, stream, options.updates):
+                    print(record, flush=True)
+                    records.append(record)
                 options.out.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 

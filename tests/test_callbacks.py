@@ -21,7 +21,13 @@ from kbt_rl.envs.sb3_vec_env import InvertedPendulumSB3VecEnv
 
 LEARNERS = pytest.mark.parametrize("make", [kbt, warm_start], ids=["kbt", "warm start"])
 SHARED = {f"kalman/{name}" for name in ("labels", "labels_asked", "labels_saved", "update_ms", "innovation")}
-POSTERIOR = {"kalman/predictive_variance", "kalman/epistemic_variance", "kalman/nis", "kalman/smallest_variance"}
+POSTERIOR = {
+    "kalman/predictive_variance",
+    "kalman/epistemic_variance",
+    "kalman/nis",
+    "kalman/smallest_variance",
+    "kalman/repairs",
+}
 
 
 def adapter(model: OnlineAlgorithm, *args: Any) -> OnlineAdapter:

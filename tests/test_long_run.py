@@ -21,21 +21,28 @@ def check(record: dict[str, Any]) -> None:
     assert record["smallest_variance"] > 0.0
     assert record["asymmetry"] <= 1e-15 * record["largest_eigenvalue"]
     assert record["variances_grown"] == 0
-    if record["layers"] == 1:
-        assert record["mean_error"] < 1e-10
-        assert record["cov_error"] < 1e-9
+    assert record["refused"] == 0
+    narrow, uneven = record["dtype"] == "float32", record["stream"] == "uneven"
+    if not narrow:
+        assert record["repairs"] == 0
+        assert max(record["mean_error"], record["cov_error"]) < (1e-6 if uneven else 1e-10)
+    elif not uneven or record["structure"] == "diagonal":
+        assert record["repairs"] == 0
+        assert max(record["mean_error"], record["cov_error"]) < (1e-3 if record["updates"] < 10_000 else 2e-2)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("stream", ["even", "uneven"])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_two_thousand_updates(structure: str, layers: int, dtype: str) -> None:
-    check(long_run.run(structure, layers, dtype, 2_000))
+def test_two_thousand_updates(structure: str, layers: int, stream: str) -> None:
+    for record in long_run.run(structure, layers, stream, 2_000):
+        check(record)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("stream", ["even", "uneven"])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_million_updates(structure: str, layers: int, dtype: str) -> None:
-    check(long_run.run(structure, layers, dtype, 1_000_000))
+def test_a_million_updates(structure: str, layers: int, stream: str) -> None:
+    for record in long_run.run(structure, layers, stream, 1_000_000):
+        check(record)

@@ -484,6 +484,17 @@ def test_a_bad_label_changes_nothing(rows: int, bad: float) -> None:
     assert_same(buffers(learner), before)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_features_whose_variance_is_not_finite_in_units_of_the_noise_are_refused(rows: int) -> None:
+    learner = head(2, noise="learned", noise_start=1e-6)
+    features, target = stream(rows, 2)
+    features[-1, 0] = 1e160
+    before = buffers(learner)
+    with pytest.raises(UpdateError, match="not finite"):
+        learner.update(features, target)
+    assert_same(buffers(learner), before)
+
+
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_noise_of_zero_is_refused_where_it_is_a_unit(outputs: int) -> None:
     learner = head(outputs, noise_variance=0.1, robust_dof=4.0)

@@ -36,6 +36,7 @@ class KBTInfo(LearnerInfo):
         epistemic_variance: From the weights.
         predictive_variance: From the weights and the label noise.
         smallest_variance: Smallest variance of a weight after the update, in the head's own units.
+        repairs: Times the covariance was repaired before it could take the labels, see ``HeadConfig.dtype``.
         label_weight: What the labels counted for where wild ones are expected (``HeadConfig.robust_dof``).
         log_density: Logarithm of the predictive density of the labels before the update, all entries of all rows
             jointly, in nats, with labels in action units. With discrete actions the log probability of the labels. Its
@@ -46,6 +47,7 @@ class KBTInfo(LearnerInfo):
     epistemic_variance: float = float("nan")
     predictive_variance: float = float("nan")
     smallest_variance: float = float("nan")
+    repairs: int = 0
     label_weight: float = 1.0
     log_density: float = float("nan")
 
@@ -143,6 +145,7 @@ class KBT(OnlineAlgorithm):
             epistemic_variance=info.epistemic_variance * unit,
             predictive_variance=info.predictive_variance * unit,
             smallest_variance=info.smallest_variance,
+            repairs=info.repairs,
             label_weight=info.label_weight,
             log_density=info.log_density - len(target) * log_scale,
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback
 from kbt_rl.agents.files import replacing
+from kbt_rl.inference.posterior import Posterior
 from kbt_rl.models.context import ContextWindow, advance_window, start_window
 from kbt_rl.models.context import with_action as with_remembered
 from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
@@ -202,6 +203,12 @@ class TransformerPolicy(BasePolicy):
         Raises:
             RuntimeError: They are of another architecture or dtype; nothing has changed.
         """
+        posterior = {
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if isinstance(module, Posterior)
+            for name in module.state_dict()
+        }
         for name, own in self.state_dict().items():
             loaded = state_dict.get(name, own)
             if loaded.shape != own.shape:
@@ -209,9 +216,10 @@ class TransformerPolicy(BasePolicy):
                     f"{name} has shape {tuple(loaded.shape)} in the checkpoint and {tuple(own.shape)} in this policy, "
                     "which has another architecture; see policy_kwargs"
                 )
-            if loaded.dtype != own.dtype and own.dtype in (torch.float64, torch.int64):
+            if loaded.dtype != own.dtype and name in posterior:
                 raise RuntimeError(
-                    f"{name} is {loaded.dtype} in the checkpoint; a posterior that was cast is of no use"
+                    f"{name} is {loaded.dtype} in the checkpoint and {own.dtype} in this policy (HeadConfig.dtype); a "
+                    "posterior that was cast is of no use"
                 )
         names = self.state_dict().keys()
         if strict and names != state_dict.keys():

@@ -168,7 +168,8 @@ class KalmanAdapter(OnlineAdapter):
     updates since the last write), ``kalman/nis`` (normalised innovation squared per scalar label: 1 on average if the
     variances are right), ``kalman/nlpd`` (negative log predictive density of a label before it is learned, nats with
     labels in action units, mean over the updates since the last write; of discrete actions the negative log
-    probability) and ``kalman/smallest_variance``; with a strategy also ``kalman/alarms`` (changes noticed). With
+    probability), ``kalman/smallest_variance`` and ``kalman/repairs`` (of the covariance so far, see
+    ``HeadConfig.dtype``); with a strategy also ``kalman/alarms`` (changes noticed). With
     continuous actions also ``kalman/coverage_95``: the share of the updates since the last write whose labels were
     inside the 95 % region that was predicted for them, 0.95 on average if the predictions are calibrated (with
     ``HeadConfig.robust_dof`` the region of ordinary labels).
@@ -187,6 +188,7 @@ class KalmanAdapter(OnlineAdapter):
     def __init__(self, *args: Any, strategy: AdaptationStrategy | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.strategy = strategy
+        self.repairs = 0
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, KBT):
@@ -217,7 +219,9 @@ class KalmanAdapter(OnlineAdapter):
         self.logger.record_mean("kalman/predictive_variance", info.predictive_variance)
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
         self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.actions.degrees_of_freedom))
+        self.repairs += info.repairs
         self.logger.record("kalman/smallest_variance", info.smallest_variance)
+        self.logger.record("kalman/repairs", self.repairs)
         self._record_trust(info)
         if self.model.policy.heads[0].noise_model is not None:
             self.logger.record_mean("kalman/noise_variance", info.predictive_variance - info.epistemic_variance)

@@ -50,16 +50,16 @@ def acting_view(state: HeadState) -> ActingView:
     if layers == 2 and not state.spec.feature_variance and state.engine is not None:
         first, last, form, coupled = (torch.from_numpy(array) for array in state.engine.acting_form())
         return ActingView((first, last), form, coupled if len(coupled) else None)
-    weights = tuple(weight.clone() for weight in state.weights)
+    weights = tuple(weight.to(torch.float64, copy=True) for weight in state.weights)
     if layers == 1:
         return ActingView(weights)
     (n, k), (outputs, _) = state.spec.shapes
     coupling = None
     structure = "layer" if state.spec.structure == "joint" else state.spec.structure
-    hidden = LAYERWISE[structure].neuron_blocks(state.cov[0], state.spec.shapes[0])
+    hidden = LAYERWISE[structure].neuron_blocks(state.cov[0], state.spec.shapes[0]).double()
     if state.spec.structure == "joint":
         above = state.cov[2].view(outputs, n + 1, n, k)[:, :n]
-        coupling = torch.diagonal(above, dim1=1, dim2=2).mT.clone()
+        coupling = torch.diagonal(above, dim1=1, dim2=2).mT.to(torch.float64, copy=True)
     feature_part = None
     if state.spec.feature_variance:
         inner = hidden[:, :-1, :-1].diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 class BatchInfo(NamedTuple):
-    """``UpdateInfo`` of each head as arrays ``(H,)``; NaN, and 0 labels, where a head has learned nothing.
+    """``UpdateInfo`` of each head as arrays ``(H,)``; NaN, or 0 labels and repairs, where a head has learned nothing.
 
     ``refused`` tells by index which heads would not learn, and by which error: the one that ``update`` of that head
     would raise. They are what they were before.
@@ -29,13 +29,15 @@ class BatchInfo(NamedTuple):
     labels: Array
     label_weight: Array
     log_density: Array
+    repairs: Array
     refused: dict[int, ValueError]
 
     @classmethod
     def empty(cls, heads: int) -> BatchInfo:
         """Of heads that have learned nothing yet."""
         fields = {name: np.full(heads, np.nan) for name in UpdateInfo._fields}
-        return cls(**{**fields, "labels": np.zeros(heads, dtype=np.int64)}, refused={})
+        counts = {name: np.zeros(heads, dtype=np.int64) for name in ("labels", "repairs")}
+        return cls(**{**fields, **counts}, refused={})
 
     def of(self, head: int) -> UpdateInfo:
         """The record of one head."""
@@ -85,4 +87,5 @@ class BatchInfo(NamedTuple):
             labels=total,
             label_weight=average(self.label_weight),
             log_density=float(self.log_density[used].sum()),
+            repairs=int(self.repairs.sum()),
         )

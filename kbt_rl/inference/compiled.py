@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.autograd.graph import increment_version
 
+from kbt_rl.inference.record import kept
 from kbt_rl.inference.triangle import neurons_per_row
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class RowEngine:
 
     def __init__(self, state: HeadState, code: ModuleType) -> None:
         spec = state.spec
+        self._kept, self._least = kept(state.mean.dtype), state.least_quotient
         layers = len(spec.shapes)
         self._code, self._outputs, self._counter = code, spec.outputs, state.mean
         mean, cov = state.mean.numpy(), [block.numpy() for block in state.cov]
@@ -101,13 +103,13 @@ class RowEngine:
         return moments
 
     def weight_step(
-        self, row: RowPass, mean_step: Array, factor: Array, signs: Array, kept: float
+        self, row: RowPass, mean_step: Array, factor: Array, signs: Array
     ) -> tuple[Array, Array, float, float]:
         """See ``kernels.weight_step``."""
         _, _, cross, variances = row
         step: tuple[Array, Array, float, float]
         with plain_interrupts:
-            step = self._code.weight_step(cross, variances, mean_step, factor, signs, kept)
+            step = self._code.weight_step(cross, variances, mean_step, factor, signs, self._kept)
         return step
 
     def acting_form(self) -> tuple[Array, Array, Array, Array]:
@@ -128,12 +130,12 @@ class RowEngine:
         label: float,
         noise: float,
         replacing: bool,
-        kept: float,
     ) -> ScalarRecord:
         """A whole update on one row and one label, in the head's ``units``, see ``kernels.learn``."""
         record: ScalarRecord = self._change(
-            self._code.learn, self._workspace, *units, features, label, noise, replacing, kept
-        )
+            self._code.learn, self._workspace, *units, features, label, noise, replacing,
+            self._kept, self._least,
+        )  # fmt: skip
         return record
 
     def _change(self, code: Callable[..., Any], *arguments: Any) -> Any:

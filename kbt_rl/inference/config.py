@@ -45,6 +45,9 @@ class HeadConfig:
             Gaussian noise. The noise covariance is then that of ordinary labels (rule ``measure`` only).
         history: Updates to keep for ``BayesianHead.rollback``, 0 for none. One of a single row takes as much memory as
             the weight means times one more than the outputs. An update then takes up to twice the time.
+        dtype: ``float64``, or ``float32``: means and covariance are stored in half the memory, the arithmetic of a
+            single row stays in float64. Pays where the covariance exceeds the cache; a small head is slower with it.
+            For one or two layers with exact features; see ``inference.resolution`` for what it cannot resolve.
     """
 
     layers: int = 2
@@ -65,6 +68,7 @@ class HeadConfig:
     noise_statistic: str = "innovation"
     robust_dof: float | None = None
     history: int = 0
+    dtype: str = "float64"
 
     def __post_init__(self) -> None:
         _check_choice("structure", self.structure, ("auto", *STRUCTURES))
@@ -79,6 +83,12 @@ class HeadConfig:
             raise ValueError(f"relu_order is {self.relu_order}; the series needs at least 1 term")
         if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 0:
             raise ValueError(f"history is {self.history!r}; a number of updates to keep, 0 for none")
+        _check_choice("dtype", self.dtype, ("float64", "float32"))
+        if self.dtype == "float32" and (self.layers > 2 or self.feature_variance != 0.0):
+            raise ValueError(
+                f"dtype is 'float32' with layers={self.layers} and feature_variance={self.feature_variance}; what it "
+                "can resolve is checked for one or two layers with exact features (0.0) only; use 'float64'"
+            )
         self._check_noise()
 
     def _check_noise(self) -> None:

@@ -7,6 +7,10 @@ class UpdateError(ValueError):
     """An update was refused before anything changed; the old posterior stands."""
 
 
+class NegativeVarianceError(UpdateError):
+    """The update would make a weight variance negative."""
+
+
 class NotPositiveDefiniteError(UpdateError):
     """A matrix that has to be positive definite is not.
 

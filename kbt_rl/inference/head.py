@@ -220,7 +220,8 @@ class BayesianHead(Posterior):
             return done
         all_rows, all_labels = self._checked(features, target)
         count, before = len(all_rows), self._before()
-        engine = memory.state.engine if count == 1 else None
+        # What may need a repair goes by the increment that can hold one.
+        engine = memory.state.engine if count == 1 and not memory.state.least_quotient else None
         if engine is not None and engine.propagates:
             belief = None if memory.noise_model is None else memory.belief()
             row = row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov, belief, memory.weights())

@@ -17,6 +17,7 @@ from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.memory import Memory
 from kbt_rl.inference.noise import NoiseEstimate
 from kbt_rl.inference.record import Increment
+from kbt_rl.inference.resolution import scale_correlations_
 from kbt_rl.inference.state import HeadState
 from kbt_rl.inference.update import apply
 
@@ -106,7 +107,9 @@ def reverted(state: HeadState, steps: Iterable[Increment]) -> HeadState:
     """
     before = state.clone()
     for step in steps:
-        apply(before, step._replace(mean_step=-step.mean_step, signs=-step.signs))
+        apply(before, step._replace(mean_step=-step.mean_step, signs=-step.signs, correlation=1.0))
+        if step.correlation != 1.0:
+            scale_correlations_(before, 1.0 / step.correlation, before.variances())
     smallest = float(before.variances().min())
     # One sum finds any NaN or infinity of a block; inf - inf is NaN.
     if not math.isfinite(sum(float(block.sum()) for block in (before.mean, *before.cov))) or smallest < 0.0:

@@ -784,39 +784,93 @@ def _row_moments(
 
 
 @_compiled
+def _resolved(
+    mean: Array, covs: tuple[Array, ...], first: Array, shapes: Shapes, inputs: Array, cross: Array, variances: Array,
+    least: float
+) -> bool:  # fmt: skip
+    """Whether ``resolution``'s quotient of a row ``[z; 1]``, for one output, is at least ``least``."""
+    n, k, per_row = shapes[0]
+    hidden, two = n * k, len(covs) == 2
+    together, apart, offset, begin = 0.0, 0.0, 0, 0
+    for unit in range(n):
+        if unit == begin + per_row:  # the next block row of the triangle
+            offset += (begin + per_row) * k * per_row * k
+            begin = unit
+        width, own, slope = min(begin + per_row, n) * k, unit * k, 1.0
+        if two:
+            variance = 0.0
+            for p in range(k):
+                place = offset + (own - begin * k + p) * width + own
+                if first.ndim == 1:
+                    variance += inputs[p] * _dot(first[place : place + k], inputs)
+                elif first.ndim == 3:
+                    variance += inputs[p] * _dot(first[unit, p], inputs)
+                else:  # the structure that has nothing to repair
+                    variance += inputs[p] * inputs[p] * first[unit, p]
+            activation, _, slope, _ = _relu_unit(_dot(mean[own : own + k], inputs), max(variance, 0.0))
+            slope *= mean[hidden + unit]
+            together += activation * cross[hidden + unit]
+            apart += activation * activation * variances[hidden + unit]
+        for p in range(k):
+            gradient = slope * inputs[p]
+            together += gradient * cross[own + p]
+            apart += gradient * gradient * variances[own + p]
+    if two:
+        together += cross[hidden + n]
+        apart += variances[hidden + n]
+    return together >= least * apart
+
+
+@_compiled
 def _step(
     mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
-    features: Array, label: float, noise: float, replacing: bool, kept: float,
+    features: Array, label: float, noise: float, replacing: bool, kept: float, least: float,
     scratch: Array, moved: Array, moves: Array,
 ) -> tuple[ScalarRecord, float]:  # fmt: skip
     """Everything of an update of one output that can be refused, see ``_scalar_step``; ``scratch`` is ``(6, P)``."""
-    found: tuple[ScalarRecord, float]
+    cross, variances, inputs = scratch[0], scratch[1], scratch[2, : features.size + 1]
+    _copy(features, inputs)
+    inputs[features.size] = 1.0
     if first.ndim > 1 and len(covs) == 2:
-        inputs, cross, variances = scratch[2, : features.size + 1], scratch[0], scratch[1]
-        _copy(features, inputs)
-        inputs[features.size] = 1.0
         mean_out, variance = _one_output_neurons(mean, first, covs[1], inputs, cross, variances, scratch[3:])
-        found = _scalar_step(mean_out, variance, cross, variances, label, noise, replacing, kept, moved, moves)
     else:
         row = propagate(mean, covs, first, between, shapes, workspace, features, 1)
-        found = _scalar_step(
-            row[0][0], row[1][0, 0], row[2][0], row[3], label, noise, replacing, kept, moved, moves
-        )  # fmt: skip
-    return found
+        mean_out, variance, cross, variances = row[0][0], row[1][0, 0], row[2][0], row[3]
+    record, sign = _scalar_step(mean_out, variance, cross, variances, label, noise, replacing, kept, moved, moves)
+    if least > 0.0 and not _resolved(mean, covs, first, shapes, inputs, cross, variances, least):
+        record = (record[0], record[1], record[2], 0.0)
+    return record, sign
 
 
 @_compiled
 def learn(
     mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
     centre: Array, scale: Array, labels_seen: Array,
-    features: Array, label: float, noise: float, replacing: bool, kept: float,
+    features: Array, label: float, noise: float, replacing: bool, kept: float, least: float,
 ) -> ScalarRecord:  # fmt: skip
-    """A whole update by a row and the label of one output, in one call; or nothing changes."""
+    """A whole update by a row and the label of one output, in one call; or nothing changes.
+
+    With ``least`` above 0 nor does it for a row that needs a repair, see ``resolution``.
+    """
     scratch, moved, moves = np.empty((6, mean.size)), np.empty(mean.size), np.empty((1, mean.size))
     inputs = _inputs(centre, scale, features)[:-1]
     record: ScalarRecord
     record, sign = _step(
-        mean, covs, first, between, shapes, workspace, inputs, label, noise, replacing, kept, scratch, moved, moves
+        mean,
+        covs,
+        first,
+        between,
+        shapes,
+        workspace,
+        inputs,
+        label,
+        noise,
+        replacing,
+        kept,
+        least,
+        scratch,
+        moved,
+        moves,
     )
     if record[3] == 1.0:
         signs = np.empty(1)
@@ -862,7 +916,7 @@ def learn_many(
         moved, moves = step[:weights], step[weights : 2 * weights].reshape(1, weights)
         inputs = _inputs(centres[h], scales[h], features[h])[:-1]
         record, sign = _step(
-            means[h], own, own[0], between[h], shapes, workspace, inputs, labels[h], noises[h], replacing, kept,
+            means[h], own, own[0], between[h], shapes, workspace, inputs, labels[h], noises[h], replacing, kept, 0.0,
             scratch, moved, moves,
         )  # fmt: skip
         for i in range(4):

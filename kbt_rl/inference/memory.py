@@ -191,25 +191,26 @@ def _copy(cov: Any) -> Array:
 
 
 @lru_cache(maxsize=16)
-def prepare(structure: str, layers: int, propagates: bool) -> None:
+def prepare(structure: str, layers: int, propagates: bool, dtype: torch.dtype) -> None:
     """Load the machine code for heads of this kind (the first time on a machine: compile it), so no update waits.
 
     Args:
         structure: How the covariance is stored.
         layers: Depth.
         propagates: See ``RowEngine``; without it there is nothing but the commit.
+        dtype: Of the posterior.
     """
     shapes = layer_shapes(1, 1, layers, None)
     cov = prior_cov(shapes, structure, hidden_variance=1.0, last_variance=1.0, rho=0.0)
     mean = torch.zeros(sum(shape.size for shape in shapes), dtype=torch.float64)
-    state = HeadState(HeadSpec(shapes, structure), mean, cov)
+    state = HeadState(HeadSpec(shapes, structure), mean.to(dtype), tuple(block.to(dtype) for block in cov))
     engine = state.engine
     if engine is not None:
         engine.commit(mean.numpy(), mean.numpy()[None], np.zeros(1))
     if engine is not None and propagates:
         row_step(engine, np.zeros(1), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
         units = np.zeros(1), np.ones(1), np.zeros(1, dtype=np.int64)
-        engine.learn(units, np.zeros(1), 0.0, 1.0, False, 1.0)
+        engine.learn(units, np.zeros(1), 0.0, 1.0, False)
         actor = compiled.actor(acting_view(state))
         if actor is not None:
             actor(*units[:2], np.zeros((1, 1)))

@@ -169,7 +169,7 @@ class NoiseModel:
 
         Raises:
             NotPositiveDefiniteError: The noise covariance is singular.
-            UpdateError: An error is too large to be squared.
+            UpdateError: An error is too large to be squared, or a covariance is not finite in units of the noise.
         """
         rows, o = error.shape
         own = [cov[b * o : (b + 1) * o, b * o : (b + 1) * o] for b in range(rows)]
@@ -177,10 +177,12 @@ class NoiseModel:
         root = _cholesky(estimate.cov)
         whitener = np.linalg.inv(root)
         big = np.kron(np.eye(rows), whitener)
-        white, epistemic = error @ whitener.T, big @ cov @ big.T
-        share = np.linalg.inv(epistemic + np.eye(rows * o))
+        share, nis = np.empty_like(cov), math.nan
         with np.errstate(over="ignore", invalid="ignore"):
-            nis = float(white.ravel() @ share @ white.ravel())
+            white, epistemic = error @ whitener.T, big @ cov @ big.T
+            if np.isfinite(epistemic).all():
+                share = np.linalg.inv(epistemic + np.eye(rows * o))
+                nis = float(white.ravel() @ share @ white.ravel())
         if not math.isfinite(nis):
             raise UpdateError(
                 f"the update is not finite (NIS {nis}); the posterior is unchanged. Check features and target for huge "

@@ -1,7 +1,8 @@
 """What a Bayesian head keeps: the buffers of a Gaussian posterior, their units and noise, and how they are kept whole.
 
-It stays in float64 whatever dtype the rest of the model has, changes as a whole or not at all, and is copied, moved to
-another device and loaded like any module. What is learned and predicted with it is in :mod:`kbt_rl.inference.head`.
+It keeps its dtype (``HeadConfig.dtype``) whatever dtype the rest of the model has, changes as a whole or not at all,
+and is copied, moved to another device and loaded like any module. What is learned and predicted with it is in
+:mod:`kbt_rl.inference.head`.
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ class Posterior(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.spec, self._rho = self.config.resolve(in_features, out_features)
         self.rule = RULES[self.config.rule]
+        self._dtype: torch.dtype = getattr(torch, self.config.dtype)
         self._lock = threading.RLock()  # held while the posterior changes, and by whoever reads several parts of it
         self._bound: Memory | None = None
         self._stack: HeadStack | None = None  # whose memory the buffers are on
         self._history = History(self.config.history) if self.config.history else None
-        self.register_buffer("mean", torch.zeros(sum(self.spec.sizes), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(sum(self.spec.sizes), dtype=self._dtype))
         prior = self._prior_cov()
         self._cov_names = tuple(f"cov_{index}" for index in range(len(prior)))
         for name, block in zip(self._cov_names, prior, strict=True):
@@ -74,7 +76,7 @@ class Posterior(nn.Module):
         if self.learns_noise:
             self.register_buffer("noise_start_cov", self.noise_cov.clone())
             self.register_buffer("noise_labels", torch.full((), self.config.noise_labels, dtype=torch.float64))
-        prepare(self.spec.structure, len(self.spec.shapes), self.spec.plain_moments)
+        prepare(self.spec.structure, len(self.spec.shapes), self.spec.plain_moments, self._dtype)
         self.reset(torch.zeros(out_features, in_features), torch.zeros(out_features))
 
     def reset(
@@ -91,11 +93,11 @@ class Posterior(nn.Module):
         A noise that was set stays, in units of the target; one that was learned starts again from what was set, or from
         the configuration, whose variances are in units of ``target_scale`` squared.
         """
-        weight = _finite("weight", weight, (self.out_features, self.in_features), self.mean)
-        bias = _finite("bias", bias, (self.out_features,), self.mean)
+        weight = _finite("weight", weight, (self.out_features, self.in_features), self.feature_mean)
+        bias = _finite("bias", bias, (self.out_features,), self.feature_mean)
         centre = torch.zeros_like(self.feature_mean)
         if feature_mean is not None:
-            centre = _finite("feature_mean", feature_mean, (self.in_features,), self.mean)
+            centre = _finite("feature_mean", feature_mean, (self.in_features,), self.feature_mean)
         scale = _positive("feature_scale", feature_scale, self.feature_scale)
         outputs = _positive("target_scale", target_scale, self.target_scale)
         if self.rule.link == "softmax" and not bool((outputs == 1.0).all()):
@@ -228,7 +230,7 @@ class Posterior(nn.Module):
         """Features ``(..., d)`` in float64, centred and scaled as at pre-training."""
         if features.ndim == 0 or features.shape[-1] != self.in_features:
             raise ValueError(f"features have shape {tuple(features.shape)}; expected (rows, {self.in_features})")
-        return (features.to(self.mean) - self.feature_mean) / self.feature_scale
+        return (features.to(self.feature_mean) - self.feature_mean) / self.feature_scale
 
     def _target_square(self) -> Tensor:
         """What a covariance of the targets is divided by inside, ``(o, o)``."""
@@ -238,7 +240,7 @@ class Posterior(nn.Module):
         return tuple(self._buffers[name] for name in self._cov_names)  # type: ignore[misc]
 
     def _prior_cov(self) -> tuple[Tensor, ...]:
-        return prior_cov(
+        cov = prior_cov(
             self.spec.shapes,
             self.spec.structure,
             hidden_variance=self.config.hidden_variance,
@@ -246,6 +248,7 @@ class Posterior(nn.Module):
             rho=self._rho,
             device=self._buffers["mean"].device if "mean" in self._buffers else None,  # type: ignore[union-attr]
         )
+        return tuple(block.to(self._dtype) for block in cov)
 
     def _memory(self) -> Memory:
         """The buffers as the head computes with them; made anew when one of them was replaced."""
@@ -284,7 +287,7 @@ class Posterior(nn.Module):
             yield
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Posterior:
-        """Follow a change of device, but never of dtype: the posterior stays in float64."""
+        """Follow a change of device, but never of dtype."""
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = _moved(buffer, fn(buffer).device)
@@ -297,7 +300,8 @@ class Posterior(nn.Module):
             if loaded is not None and buffer is not None and loaded.dtype != buffer.dtype:
                 raise ValueError(
                     f"{prefix + name} is {loaded.dtype} in the file and {buffer.dtype} in the head; a posterior that "
-                    "was cast has lost digits it needs, save it again without casting"
+                    "was cast has lost digits it needs, save it again without casting, or load it into a head of its "
+                    "own dtype (HeadConfig.dtype)"
                 )
         with self._changing():
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -324,7 +328,7 @@ def _positive(name: str, given: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _finite(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A finite tensor of this shape in the head's dtype and on its device."""
+    """A finite tensor of this shape in the dtype of ``like`` and on its device."""
     value = given.detach().to(like)
     if value.shape != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")

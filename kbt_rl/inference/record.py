@@ -9,11 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kbt_rl.inference.errors import UpdateError
+from kbt_rl.inference.errors import NegativeVarianceError, UpdateError
 from kbt_rl.inference.noise import NoiseEstimate
 
-# A variance counts as what is left of it after rounding, so that a downdate to nothing is refused, not left below 0.
-KEPT = 1.0 - 8.0 * torch.finfo(torch.float64).eps
+_LOST = {dtype: 8.0 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
+
+
+def kept(dtype: torch.dtype) -> float:
+    """The part of a variance that counts, so that a downdate to nothing is refused, not left below 0 by rounding."""
+    return 1.0 - _LOST[dtype]
 
 
 class UpdateInfo(NamedTuple):
@@ -33,6 +37,8 @@ class UpdateInfo(NamedTuple):
         log_density: Logarithm of the predictive density of the targets before the update, all entries jointly, in
             nats: Gaussian, or with Student's t noise where wild labels are expected. With the softmax link the log
             probability of the labels at the mean logits. NaN where it was not computed.
+        repairs: Times the covariance was repaired before it could take the rows, see ``inference.resolution``; always
+            0 in float64.
     """
 
     innovation: float
@@ -43,12 +49,14 @@ class UpdateInfo(NamedTuple):
     labels: int
     label_weight: float = 1.0
     log_density: float = math.nan
+    repairs: int = 0
 
 
 class Increment(NamedTuple):
     """``mean += mean_step``, ``cov += V diag(signs) V'``; shapes ``(P,)``, ``(P, q)``, ``(q,)``.
 
-    ``noise`` is what the label noise is thought to be afterwards, None where it is known.
+    ``noise`` is what the label noise is thought to be afterwards, None where it is known. Before anything is added, the
+    covariances of weights with each other are multiplied by ``correlation``, see ``inference.resolution``.
     """
 
     mean_step: Tensor
@@ -56,6 +64,7 @@ class Increment(NamedTuple):
     signs: Tensor
     info: UpdateInfo
     noise: NoiseEstimate | None = None
+    correlation: float = 1.0
 
 
 def merge(records: Sequence[UpdateInfo]) -> UpdateInfo:
@@ -74,6 +83,7 @@ def merge(records: Sequence[UpdateInfo]) -> UpdateInfo:
         labels=labels,
         label_weight=average(record.label_weight for record in records),
         log_density=sum(record.log_density for record in records),
+        repairs=sum(record.repairs for record in records),
     )
 
 
@@ -92,7 +102,7 @@ def check(mean_step: float, info: UpdateInfo) -> None:
             "unchanged. Check features and target for huge values."
         )
     if info.smallest_variance < 0.0:
-        raise UpdateError(
+        raise NegativeVarianceError(
             f"the update would make a weight variance negative ({info.smallest_variance:.3g}); the posterior is "
-            "unchanged. The noise variance is too small for the prior variance in float64: raise it."
+            "unchanged. The noise variance is too small for the prior variance in the head's dtype: raise it."
         )

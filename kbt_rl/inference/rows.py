@@ -16,7 +16,7 @@ from kbt_rl.inference.density import scalar_log_density
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import NoiseEstimate
 from kbt_rl.inference.output import OutputRule
-from kbt_rl.inference.record import KEPT, Increment, UpdateInfo, check
+from kbt_rl.inference.record import Increment, UpdateInfo, check
 
 if TYPE_CHECKING:
     from kbt_rl.inference.kernels import RowPass
@@ -57,7 +57,7 @@ def row_step(
     output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
     step, info, noise = condition(output, torch.from_numpy(target), rule, noise_cov, belief, weights)
     factor = np.ascontiguousarray(step.cov_factor.numpy())
-    moved, moves, total, smallest = engine.weight_step(row, step.mean_step.numpy(), factor, step.signs.numpy(), KEPT)
+    moved, moves, total, smallest = engine.weight_step(row, step.mean_step.numpy(), factor, step.signs.numpy())
     info = info._replace(smallest_variance=smallest)
     check(total, info)
     return RowStep(moved, moves, step.signs.numpy(), info, noise)
@@ -70,7 +70,7 @@ def _judged_scalar_step(engine: RowEngine, row: RowPass, target: float, belief: 
     error, variance = target - float(row[0][0]), float(row[1][0, 0])
     move, gained, weight, learned, labels = belief.model.judge_scalar(error, variance, noise, estimate.labels)
     factor = np.array([[math.sqrt(gained)]])
-    moved, moves, total, smallest = engine.weight_step(row, np.array([move]), factor, _DOWNDATE, KEPT)
+    moved, moves, total, smallest = engine.weight_step(row, np.array([move]), factor, _DOWNDATE)
     predictive = variance + noise
     info = UpdateInfo(abs(error), error * error / predictive, variance, predictive, smallest, 1, weight)
     check(total + learned, info)
@@ -94,7 +94,7 @@ def learn_row(
     Returns:
         The record; None where the step must be refused: nothing has changed, and ``increment`` says why.
     """
-    mean, variance, smallest, done = engine.learn(units, features, label, noise, replacing, KEPT)
+    mean, variance, smallest, done = engine.learn(units, features, label, noise, replacing)
     if not done:
         return None
     innovation, predictive = label - mean, variance + noise

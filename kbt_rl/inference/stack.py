@@ -17,7 +17,7 @@ from kbt_rl.inference.batch_record import BatchInfo
 from kbt_rl.inference.compiled import plain_interrupts
 from kbt_rl.inference.output import replace
 from kbt_rl.inference.posterior import Posterior
-from kbt_rl.inference.record import KEPT
+from kbt_rl.inference.record import kept
 from kbt_rl.inference.triangle import neurons_per_row
 
 Array = npt.NDArray[Any]
@@ -77,10 +77,13 @@ class HeadStack:
 
     @staticmethod
     def serves(heads: Sequence[Posterior]) -> bool:
-        """Whether there is machine code for heads of this kind; a history needs each head's own increments."""
+        """Whether there is machine code for heads of this kind; a history needs each head's own increments.
+
+        Float32 needs a repair now and then, which goes the general way.
+        """
         engine = heads[0].state.engine
         ready = engine is not None and engine.propagates and heads[0]._history is None
-        return ready and all(head.mean.device.type == "cpu" for head in heads)
+        return ready and all(head.mean.device.type == "cpu" and head.mean.dtype == torch.float64 for head in heads)
 
     def __getitem__(self, name: str) -> Array:
         """The buffers of this name, ``(H, ...)``."""
@@ -148,7 +151,7 @@ class HeadStack:
         def learn(part: slice) -> None:
             self._code.learn_many(
                 *self._posterior, self._workspace_shape, *self._units, self._labels_seen, heads[part], rows, labels,
-                noises, self._replacing, KEPT, steps[part], records[part],
+                noises, self._replacing, kept(torch.float64), steps[part], records[part],
             )  # fmt: skip
 
         if len(steps):

@@ -14,6 +14,9 @@ from kbt_rl.inference.compiled import RowEngine
 from kbt_rl.inference.structures import LAYERWISE
 from kbt_rl.inference.triangle import LayerShape
 
+# A margin of 64 over the rounding of one entry of a covariance in float32.
+_LEAST_QUOTIENT = 64.0 * torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True)
 class HeadSpec:
@@ -72,6 +75,18 @@ class HeadState:
     def clone(self) -> HeadState:
         """An independent copy."""
         return HeadState(self.spec, self.mean.clone(), tuple(block.clone() for block in self.cov))
+
+    @property
+    def least_quotient(self) -> float:
+        """Below which rows are learned after a repair, see ``resolution``; 0 where every row is learned as it comes."""
+        narrow = self.mean.dtype == torch.float32 and self.spec.structure != "diagonal"
+        return _LEAST_QUOTIENT if narrow else 0.0
+
+    def wide(self) -> HeadState:
+        """The posterior in float64: itself, or a copy of one that is stored in float32."""
+        if self.mean.dtype == torch.float64:
+            return self
+        return HeadState(self.spec, self.mean.double(), tuple(block.double() for block in self.cov))
 
     def variances(self) -> Tensor:
         """Variance of each weight, ``(P,)``."""

@@ -47,6 +47,9 @@ class Structure(Protocol):
         Allocates nothing of the covariance's size, so that it does not fail half way.
         """
 
+    def set_variances_(self, cov: Tensor, shape: LayerShape, variances: Tensor) -> None:
+        """Put the variance of each weight, ``(n k,)``, in its place."""
+
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """Covariance of each neuron's weights, ``(n, k, k)``; a view where the storage allows."""
 
@@ -91,6 +94,10 @@ class Layer:
     def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signed: Tensor) -> None:
         """See ``Structure``."""
         triangle.downdate_(cov, shape, factor, signed)
+
+    def set_variances_(self, cov: Tensor, shape: LayerShape, variances: Tensor) -> None:
+        """See ``Structure``."""
+        triangle.set_diagonal_(cov, shape, variances)
 
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""
@@ -175,6 +182,10 @@ class Neuron(_PerNeuron):
         blocks, signed_blocks = (whole.view(shape.n, shape.k, -1) for whole in (factor, signed))
         cov.baddbmm_(signed_blocks, blocks.mT)
 
+    def set_variances_(self, cov: Tensor, shape: LayerShape, variances: Tensor) -> None:
+        """See ``Structure``."""
+        cov.diagonal(dim1=-2, dim2=-1).copy_(variances.view(shape))
+
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""
         return cov
@@ -219,6 +230,10 @@ class Diagonal(_PerNeuron):
     def downdate_(self, cov: Tensor, shape: LayerShape, factor: Tensor, signed: Tensor) -> None:
         """See ``Structure``."""
         cov.view(-1, 1, 1).baddbmm_(signed.unsqueeze(-2), factor.unsqueeze(-1))
+
+    def set_variances_(self, cov: Tensor, shape: LayerShape, variances: Tensor) -> None:
+        """See ``Structure``."""
+        cov.copy_(variances.view(shape))
 
     def neuron_blocks(self, cov: Tensor, shape: LayerShape) -> Tensor:
         """See ``Structure``."""

@@ -125,6 +125,13 @@ def diagonal(flat: Tensor, shape: LayerShape) -> Tensor:
     return torch.cat([row.matrix.diagonal(row.first * shape.k) for row in block_rows(flat, shape)])
 
 
+def set_diagonal_(flat: Tensor, shape: LayerShape, variances: Tensor) -> None:
+    """Put variances ``(n k,)`` in their places."""
+    k = shape.k
+    for first, last, matrix in block_rows(flat, shape):
+        matrix.diagonal(first * k).copy_(variances[first * k : last * k])
+
+
 def neuron_blocks(flat: Tensor, shape: LayerShape) -> Tensor:
     """Covariance of each neuron's own weights, ``(n, k, k)``."""
     k = shape.k

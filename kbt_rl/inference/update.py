@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kbt_rl.inference import joint, smoother
+from kbt_rl.inference import joint, resolution, smoother
 from kbt_rl.inference.conditioning import NoiseBelief, condition
+from kbt_rl.inference.errors import NegativeVarianceError, NotPositiveDefiniteError
 from kbt_rl.inference.interrupts import interrupts_deferred
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.output import OutputRule
-from kbt_rl.inference.record import KEPT, Increment, check
+from kbt_rl.inference.record import Increment, check, kept
 from kbt_rl.inference.rows import row_step
 from kbt_rl.inference.state import HeadState
 from kbt_rl.inference.structures import LAYERWISE
@@ -27,7 +28,11 @@ _LARGEST_ROW_RANK = 4
 
 
 def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
-    """Distribution of the logits of rows ``(..., B, d)`` jointly, and ``Cov(w, u^L)`` of shape ``(..., P, B o)``."""
+    """Distribution of the logits of rows ``(..., B, d)`` jointly, and ``Cov(w, u^L)`` of shape ``(..., P, B o)``.
+
+    Computed in float64; a posterior in float32 is copied for it.
+    """
+    state = state.wide()
     spec, weights = state.spec, state.weights
     options = {"feature_variance": spec.feature_variance, "relu_order": spec.relu_order}
     if spec.structure == "joint":
@@ -39,6 +44,7 @@ def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
 
 def predict_logits(state: HeadState, features: Tensor, chunk: int = 128) -> Gaussian:
     """Distribution of the logits of each row on its own: mean ``(N, o)`` and covariance ``(N, o, o)``."""
+    state = state.wide()
     parts = [propagate(state, part.unsqueeze(-2))[0] for part in features.split(chunk)]
     return Gaussian(torch.cat([part.mean for part in parts]), torch.cat([part.cov for part in parts]))
 
@@ -66,6 +72,48 @@ def increment(
     Raises:
         UpdateError: The update would not be finite or would make a variance negative. Nothing has changed.
     """
+    labels = features, target, rule, noise_cov, belief, weights
+    limit = state.least_quotient
+    forgotten = resolution.shrinkage(state, features, propagate(state, features)[1]) if limit else 0.0
+    while True:
+        try:
+            return _repaired_increment(state, forgotten, *labels)
+        except (NegativeVarianceError, NotPositiveDefiniteError):
+            # The rows' own variance may be in order and their covariance with the weights not yet.
+            if limit == 0.0 or forgotten == 1.0:
+                raise
+            forgotten = min(max(2.0 * forgotten, limit), 1.0)
+
+
+def _repaired_increment(
+    state: HeadState,
+    forgotten: float,
+    features: Tensor,
+    target: Tensor,
+    rule: OutputRule,
+    noise_cov: Tensor,
+    belief: NoiseBelief | None,
+    weights: Tensor | None,
+) -> Increment:
+    """``increment`` after a repair that forgets a share of the correlations, see ``resolution``; 0 for none."""
+    if forgotten == 0.0:
+        return _increment(state, features, target, rule, noise_cov, belief, weights)
+    state, correlation = state.clone(), 1.0 - forgotten
+    resolution.scale_correlations_(state, correlation, state.variances())
+    step = _increment(state, features, target, rule, noise_cov, belief, weights)
+    return step._replace(correlation=correlation, info=step.info._replace(repairs=1))
+
+
+def _increment(
+    state: HeadState,
+    features: Tensor,
+    target: Tensor,
+    rule: OutputRule,
+    noise_cov: Tensor,
+    belief: NoiseBelief | None,
+    weights: Tensor | None,
+) -> Increment:
+    """``increment`` of a posterior as it is."""
     engine = state.engine if len(features) == 1 else None
     if engine is not None and engine.propagates:
         return row_step(engine, features[0].numpy(), target.numpy(), rule, noise_cov, belief, weights).as_increment()
@@ -74,7 +122,7 @@ def increment(
     # One pass over the cross-covariance for the mean and the covariance.
     moves = cross_cov @ torch.cat([step.mean_step.unsqueeze(-1), step.cov_factor], dim=-1)
     mean_step, factor = moves[:, 0], moves[:, 1:]
-    variances = KEPT * state.variances() + (factor * factor) @ step.signs
+    variances = kept(state.mean.dtype) * state.variances().double() + (factor * factor) @ step.signs
     info = info._replace(smallest_variance=float(variances.min()))
     check(float(mean_step.sum()), info)
     return Increment(mean_step, factor, step.signs, info, noise)
@@ -86,18 +134,21 @@ def apply(state: HeadState, step: Increment) -> None:
     What has to be allocated is allocated before the first change.
     """
     # From some rank on, a matrix product is faster.
-    if len(step.signs) <= _LARGEST_ROW_RANK and state.engine is not None:
+    if len(step.signs) <= _LARGEST_ROW_RANK and state.engine is not None and step.correlation == 1.0:
         moves = np.ascontiguousarray(step.cov_factor.mT.numpy())
         state.engine.commit(step.mean_step.numpy(), moves, step.signs.numpy())
         return
-    signed, sizes = step.cov_factor * step.signs, state.spec.sizes
+    whole, sizes = step.cov_factor.to(state.mean.dtype), state.spec.sizes
+    signed, variances = whole * step.signs.to(whole.dtype), state.variances()
     with interrupts_deferred():
+        if step.correlation != 1.0:
+            resolution.scale_correlations_(state, step.correlation, variances)
         state.mean.add_(step.mean_step)
         if state.spec.structure == "joint":
-            joint.downdate_(state.cov, state.spec.shapes, step.cov_factor, signed)
+            joint.downdate_(state.cov, state.spec.shapes, whole, signed)
             return
         ops = LAYERWISE[state.spec.structure]
-        parts = zip(state.cov, state.spec.shapes, step.cov_factor.split(sizes), signed.split(sizes), strict=True)
+        parts = zip(state.cov, state.spec.shapes, whole.split(sizes), signed.split(sizes), strict=True)
         for block, shape, factor, signed_factor in parts:
             ops.downdate_(block, shape, factor, signed_factor)
 
