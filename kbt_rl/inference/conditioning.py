@@ -6,15 +6,24 @@ Where the noise is known and Gaussian the output rule answers; where it is learn
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import Judgement, NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import Conditioning, OutputRule
 from kbt_rl.inference.record import UpdateInfo
+
+_HUGE = (
+    "the update is not finite where the noise is judged; the posterior is unchanged. Check features and target for "
+    "huge values."
+)
 
 
 class NoiseBelief(NamedTuple):
@@ -45,9 +54,25 @@ def condition(
         step = rule.condition(output, target, noise_cov)
         return Conditioned(step, _describe(output, step, noise_cov, 1.0, weights), None)
     error = (target - output.mean.view_as(target)).cpu().numpy()
-    judged = belief.model.judge(error, output.cov.cpu().numpy(), belief.estimate)
+    with huge_values_refused():
+        judged = belief.model.judge(error, output.cov.cpu().numpy(), belief.estimate)
+    if not np.isfinite(judged.estimate.cov).all():
+        raise UpdateError(_HUGE)
     step = _as_conditioning(output, target, judged)
     return Conditioned(step, _describe(output, step, noise_cov, judged.weight, weights), judged.estimate)
+
+
+@contextmanager
+def huge_values_refused() -> Iterator[None]:
+    """What leaves the range of float64 while labels are judged becomes NaN, which is refused, or an UpdateError.
+
+    Warnings about it would say less, and are errors where warnings are.
+    """
+    try:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            yield
+    except (ArithmeticError, np.linalg.LinAlgError) as error:
+        raise UpdateError(_HUGE) from error
 
 
 def _as_conditioning(output: Gaussian, target: Tensor, judged: Judgement) -> Conditioning:

@@ -178,11 +178,10 @@ class NoiseModel:
         whitener = np.linalg.inv(root)
         big = np.kron(np.eye(rows), whitener)
         share, nis = np.empty_like(cov), math.nan
-        with np.errstate(over="ignore", invalid="ignore"):
-            white, epistemic = error @ whitener.T, big @ cov @ big.T
-            if np.isfinite(epistemic).all():
-                share = np.linalg.inv(epistemic + np.eye(rows * o))
-                nis = float(white.ravel() @ share @ white.ravel())
+        white, epistemic = error @ whitener.T, big @ cov @ big.T
+        if np.isfinite(epistemic).all():
+            share = np.linalg.inv(epistemic + np.eye(rows * o))
+            nis = float(white.ravel() @ share @ white.ravel())
         if not math.isfinite(nis):
             raise UpdateError(
                 f"the update is not finite (NIS {nis}); the posterior is unchanged. Check features and target for huge "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kbt_rl.inference.compiled import RowEngine, Units
-from kbt_rl.inference.conditioning import NoiseBelief, condition
+from kbt_rl.inference.conditioning import NoiseBelief, condition, huge_values_refused
 from kbt_rl.inference.density import scalar_log_density
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import NoiseEstimate
@@ -68,13 +68,15 @@ def _judged_scalar_step(engine: RowEngine, row: RowPass, target: float, belief: 
     estimate = belief.estimate
     noise = float(estimate.cov[0, 0])
     error, variance = target - float(row[0][0]), float(row[1][0, 0])
-    move, gained, weight, learned, labels = belief.model.judge_scalar(error, variance, noise, estimate.labels)
+    with huge_values_refused():
+        move, gained, weight, learned, labels = belief.model.judge_scalar(error, variance, noise, estimate.labels)
     factor = np.array([[math.sqrt(gained)]])
     moved, moves, total, smallest = engine.weight_step(row, np.array([move]), factor, _DOWNDATE)
     predictive = variance + noise
     info = UpdateInfo(abs(error), error * error / predictive, variance, predictive, smallest, 1, weight)
     check(total + learned, info)
-    info = info._replace(log_density=belief.model.log_density_scalar(error, variance, noise))
+    with huge_values_refused():
+        info = info._replace(log_density=belief.model.log_density_scalar(error, variance, noise))
     return RowStep(moved, moves, _DOWNDATE, info, NoiseEstimate(np.array([[learned]]), labels))
 
 
