@@ -11,9 +11,12 @@ import torch
 from conftest import STRUCTURES, randn
 from torch import Tensor, nn
 
+from kbt_rl.inference import update as functional
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.record import Increment
+from kbt_rl.inference.state import HeadState
 
 NAN, INF = float("nan"), float("inf")
 
@@ -133,13 +136,22 @@ def test_repeated_rows_without_noise_are_refused_however_they_round(seed: int, r
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_later_block_that_fails_takes_the_earlier_ones_with_it(structure: str) -> None:
-    head = make_head(structure=structure)
+def test_a_later_block_that_fails_takes_the_earlier_ones_with_it(
+    structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, original, blocks = make_head(structure=structure), functional.increment, []
     before = snapshot(head)
-    target = randn(40, 2, seed=11)
-    target[-1] = 1e200
-    with pytest.raises(UpdateError, match="not finite"):
-        head.update(randn(40, 3, seed=12), target)
+
+    def second_fails(state: HeadState, features: Tensor, *rest: Any) -> Increment:
+        blocks.append(len(features))
+        if len(blocks) == 2:
+            raise UpdateError("the second block is not finite")
+        return original(state, features, *rest)
+
+    monkeypatch.setattr(functional, "increment", second_fails)
+    with pytest.raises(UpdateError, match="second block"):
+        head.update(randn(40, 3, seed=12), randn(40, 2, seed=13))
+    assert blocks == [32, 8]
     assert_untouched(head, before)
 
 

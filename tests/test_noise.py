@@ -479,7 +479,7 @@ def test_a_bad_label_changes_nothing(rows: int, bad: float) -> None:
     features, target = stream(rows, 2)
     target[-1, 0] = bad
     before = buffers(learner)
-    with pytest.raises((ValueError, UpdateError), match=r"NaN or infinity|not finite"):
+    with pytest.raises((ValueError, UpdateError), match=r"NaN or infinity|huge values"):
         learner.update(features, target)
     assert_same(buffers(learner), before)
 

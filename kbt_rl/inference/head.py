@@ -6,6 +6,7 @@ mathematics is in the pure functions of this package.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -17,7 +18,9 @@ from kbt_rl.inference import compiled
 from kbt_rl.inference import update as functional
 from kbt_rl.inference.acting import ActingView, acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.history import Record, Undo
+from kbt_rl.inference.memory import LARGEST
 from kbt_rl.inference.moments import Gaussian, softmax_moments
 from kbt_rl.inference.noise import NoiseEstimate
 from kbt_rl.inference.output import Link
@@ -332,8 +335,14 @@ class BayesianHead(Posterior):
                 "row of features"
             )
         features, target = (features - memory.centre) / memory.scale, target / memory.outputs
-        if not memory.finite(features, target):
+        largest = memory.largest(features, target)
+        if not math.isfinite(largest):
             raise ValueError("features or target hold NaN or infinity; leave rows without a label out of the update")
+        if largest > LARGEST:
+            raise UpdateError(
+                f"features or target reach {largest:.3g} in the head's own units, and products of such numbers leave "
+                "float64; the posterior is unchanged. Check features and target for huge values."
+            )
         if self.rule.link == "softmax" and not (
             float(target.min()) >= 0.0 and float(abs(target.sum(-1) - 1.0).max()) < _SUM_TOLERANCE
         ):

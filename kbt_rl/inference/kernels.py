@@ -32,6 +32,8 @@ _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 _SMALLEST_SD = math.sqrt(np.finfo(np.float64).tiny)
 _FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
 
+# As ``memory.LARGEST``: what is beyond goes the general way, which refuses it.
+_LARGEST = 1e100
 # The moves of a neuron that is all but switched off are smaller; their products would be subnormal numbers.
 _SMALLEST_MOVE = 1e-150
 
@@ -512,7 +514,7 @@ def _scalar_step(
         label: In the head's own units.
         noise: Variance of the label.
         replacing: Whether the rule is ``replace``.
-        kept: See ``record.KEPT``.
+        kept: See ``record.kept``.
         moved: Receives ``X dm``, ``(P,)``.
         moves: Receives ``(X F)'``, ``(1, P)``.
 
@@ -836,8 +838,9 @@ def _step(
     else:
         row = propagate(mean, covs, first, between, shapes, workspace, features, 1)
         mean_out, variance, cross, variances = row[0][0], row[1][0, 0], row[2][0], row[3]
+    resolved = least == 0.0 or _resolved(mean, covs, first, shapes, inputs, cross, variances, least)
     record, sign = _scalar_step(mean_out, variance, cross, variances, label, noise, replacing, kept, moved, moves)
-    if least > 0.0 and not _resolved(mean, covs, first, shapes, inputs, cross, variances, least):
+    if not resolved or variance > _LARGEST * _LARGEST or abs(label) > _LARGEST:
         record = (record[0], record[1], record[2], 0.0)
     return record, sign
 

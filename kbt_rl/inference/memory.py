@@ -31,6 +31,8 @@ Array = npt.NDArray[Any]
 # Rows are predicted one by one in machine code, unless they are many and the covariance has more entries than the
 # cache holds: then they share the reading of it.
 _FEW_ROWS = 16
+# Of a feature or label in the head's units: the moves of weights are products of three, and must stay in float64.
+LARGEST = 1e100
 _CACHED_ENTRIES = 2**18
 
 
@@ -153,12 +155,12 @@ class Memory:
         """Features on the CPU as machine code takes them, ``(N, d)``."""
         return _for_machine_code(self.take(features))
 
-    def finite(self, features: Any, target: Any) -> bool:
-        """Whether no entry is NaN or infinite."""
-        if self.on_cpu and math.isfinite(np.vdot(features, features) + np.vdot(target, target)):
-            return True  # the usual case; a huge but finite entry is looked at again
-        total = float(abs(features).max()) + float(abs(target).max())
-        return math.isfinite(total)
+    def largest(self, features: Any, target: Any) -> float:
+        """Largest magnitude of an entry, or ``LARGEST`` where none is larger; NaN if one is NaN."""
+        if self.on_cpu and np.vdot(features, features) + np.vdot(target, target) <= LARGEST * LARGEST:
+            return LARGEST  # the usual case
+        largest: float = abs(features).max().item() + abs(target).max().item()
+        return largest
 
 
 def _for_machine_code(array: Array) -> Array:
