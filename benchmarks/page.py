@@ -179,6 +179,7 @@ def _draw_paper_head(rows: Sequence[Row], path: Path) -> None:
     panel.set_yticks(places, [row.name for row in own])
     panel.invert_yaxis()
     panel.set(xscale="log", xlabel="microseconds, median", title="The paper's head, 577 weights, one thread")
+    panel.set_xlim(right=6.0 * max(row.median_us for row in own))  # room for the longest bar's number
     panel.legend()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
