@@ -20,12 +20,11 @@ from kbt_rl.inference.acting import ActingView, acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.history import Record, Undo
-from kbt_rl.inference.memory import LARGEST
 from kbt_rl.inference.moments import Gaussian, softmax_moments
 from kbt_rl.inference.noise import NoiseEstimate
 from kbt_rl.inference.output import Link
 from kbt_rl.inference.posterior import Posterior
-from kbt_rl.inference.record import Increment, UpdateInfo, merge
+from kbt_rl.inference.record import LARGEST, Increment, UpdateInfo, merge
 from kbt_rl.inference.rows import row_step
 from kbt_rl.inference.state import HeadState
 

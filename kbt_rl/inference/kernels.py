@@ -32,8 +32,8 @@ _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 _SMALLEST_SD = math.sqrt(np.finfo(np.float64).tiny)
 _FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
 
-# As ``memory.LARGEST``: what is beyond goes the general way, which refuses it.
-_LARGEST = 1e100
+# As ``record.LARGEST``: what is beyond goes the general way, which refuses it.
+_LARGEST = 1e75
 # The moves of a neuron that is all but switched off are smaller; their products would be subnormal numbers.
 _SMALLEST_MOVE = 1e-150
 
@@ -532,8 +532,9 @@ def _scalar_step(
         variances[r] = kept * variances[r] + change * cross[r] * cross[r]
     smallest = _smallest(variances)
     # One sum finds any NaN or infinity; inf - inf is NaN.
-    total = _sum(moved) + gain * gain + variance
-    done = inverted > 0.0 and smallest >= 0.0 and total - total == 0.0
+    step = _sum(moved)
+    total = step + gain * gain + variance
+    done = inverted > 0.0 and smallest >= 0.0 and total - total == 0.0 and abs(step) <= _LARGEST
     return (mean, variance, smallest, 1.0 if done else 0.0), math.copysign(1.0, change)
 
 

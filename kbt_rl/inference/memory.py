@@ -22,7 +22,7 @@ from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES, OutputRule, measure, replace
 from kbt_rl.inference.prior import layer_shapes, prior_cov
-from kbt_rl.inference.record import UpdateInfo
+from kbt_rl.inference.record import LARGEST, UpdateInfo
 from kbt_rl.inference.rows import learn_row, row_step
 from kbt_rl.inference.state import HeadSpec, HeadState
 
@@ -31,8 +31,6 @@ Array = npt.NDArray[Any]
 # Rows are predicted one by one in machine code, unless they are many and the covariance has more entries than the
 # cache holds: then they share the reading of it.
 _FEW_ROWS = 16
-# Of a feature or label in the head's units: the moves of weights are products of three, and must stay in float64.
-LARGEST = 1e100
 _CACHED_ENTRIES = 2**18
 
 

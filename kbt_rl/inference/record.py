@@ -15,6 +15,11 @@ from kbt_rl.inference.noise import NoiseEstimate
 _LOST = {dtype: 8.0 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
 
 
+# Of a feature, a label or the step of a weight, in the head's own units: products of four must stay in float64, also
+# those of weights that several such labels have moved.
+LARGEST = 1e75
+
+
 def kept(dtype: torch.dtype) -> float:
     """The part of a variance that counts, so that a downdate to nothing is refused, not left below 0 by rounding."""
     return 1.0 - _LOST[dtype]
@@ -94,6 +99,11 @@ def check(mean_step: float, info: UpdateInfo) -> None:
         mean_step: Sum of what would be added to the means; one sum finds any NaN or infinity, as inf - inf is NaN.
         info: The record, with the smallest variance after the update.
     """
+    if abs(mean_step) > LARGEST and math.isfinite(mean_step):
+        raise UpdateError(
+            f"the update would move the weights by {mean_step:.3g}, and products of such numbers leave float64; the "
+            "posterior is unchanged. Check features and target for huge values."
+        )
     total = mean_step + info.nis + info.epistemic_variance + info.smallest_variance
     if total - total != 0.0:
         raise UpdateError(
