@@ -11,11 +11,12 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from kbt_rl.inference import joint, triangle
+from kbt_rl.inference import compiled, joint, triangle
 from kbt_rl.inference.state import HeadSpec, HeadState
 from kbt_rl.inference.triangle import LayerShape
 
 STRUCTURES = ("joint", "layer", "neuron", "diagonal")
+MACHINE_CODE = pytest.mark.skipif(compiled.kernels() is None, reason='needs numba: pip install "kbt_rl[fast]"')
 
 settings.register_profile("kbt_rl", deadline=None, derandomize=True, database=None)
 settings.load_profile("kbt_rl")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STRUCTURES, randn
+from conftest import MACHINE_CODE, STRUCTURES, randn
 from torch import Tensor, nn
 
 from kbt_rl.inference import compiled
@@ -22,15 +22,12 @@ from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.record import UpdateInfo
 
 HEADS, FEATURES = 5, 4
-MACHINE_CODE = pytest.mark.skipif(compiled.kernels() is None, reason='needs numba: pip install "kbt_rl[fast]"')
 
 
-@pytest.fixture(params=["machine code", "loop"])
+@pytest.fixture(params=[pytest.param("machine code", marks=MACHINE_CODE), "loop"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "loop":
         monkeypatch.setattr(compiled, "kernels", lambda: None)
-    elif compiled.kernels() is None:
-        pytest.skip("needs numba")
 
 
 def separate(config: HeadConfig, outputs: int = 1, heads: int = HEADS) -> list[BayesianHead]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STRUCTURES, randn, random_state
+from conftest import MACHINE_CODE, STRUCTURES, randn, random_state
 from torch import Tensor, nn
 
 from kbt_rl.inference import compiled, update
@@ -24,7 +24,7 @@ from kbt_rl.inference.output import RULES
 from kbt_rl.inference.record import Increment, UpdateInfo
 from kbt_rl.inference.state import HeadState
 
-pytestmark = pytest.mark.skipif(compiled.kernels() is None, reason='needs numba: pip install "kbt_rl[fast]"')
+pytestmark = MACHINE_CODE
 
 RULES_BY_OUTPUTS = [
     (1, "measure"),

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import STRUCTURES, randn, random_cov
+from conftest import MACHINE_CODE, STRUCTURES, randn, random_cov
 from learners import SHIFTED, expert, kbt, states
 from scipy import integrate, stats
 from test_callbacks import Infos, curve, events
@@ -57,7 +57,7 @@ def in_target_units(head: BayesianHead, log_density: float, rows: int) -> float:
     return log_density - rows * head.log_scale
 
 
-@pytest.mark.parametrize("machine_code", [True, False])
+@pytest.mark.parametrize("machine_code", [pytest.param(True, marks=MACHINE_CODE), False])
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("rule", IDENTITY_RULES)
 @pytest.mark.parametrize(("layers", "outputs", "rows"), [(2, 1, 1), (1, 1, 1), (2, 2, 1), (2, 1, 4), (3, 2, 3)])
@@ -66,8 +66,6 @@ def test_it_is_the_gaussian_density_of_the_labels(
 ) -> None:
     if not machine_code:
         monkeypatch.setattr(compiled, "kernels", lambda: None)
-    elif compiled.kernels() is None:
-        pytest.skip('needs numba: pip install "kbt_rl[fast]"')
     if rule == "replace" and rows * outputs > 3:
         rows = 2  # the covariance of the outputs, which it inverts, is then well-conditioned
     head = make_head(outputs, structure=structure, rule=rule, layers=layers)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STRUCTURES, randn
+from conftest import MACHINE_CODE, STRUCTURES, randn
 from torch import Tensor, nn
 
 from kbt_rl.inference import compiled, resolution, state, update
@@ -112,7 +112,7 @@ def test_the_jacobian_gives_the_covariance_with_the_output(structure: str, layer
     torch.testing.assert_close(wide.state.dense_cov() @ jacobian, update.propagate(wide.state, features)[1])
 
 
-@pytest.mark.skipif(compiled.kernels() is None, reason="needs numba")
+@MACHINE_CODE
 @pytest.mark.parametrize("structure", CORRELATED)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.usefixtures("_short_block_rows")

@@ -325,3 +325,14 @@ def test_pretraining_starts_the_history_again() -> None:
     model.start_from(kbt(env_id=NOMINAL))
     with pytest.raises(ValueError, match="while 0 updates are kept"):
         model.rollback(1)
+
+
+def test_a_step_that_forgot_all_correlations_cannot_be_taken_back() -> None:
+    head = make_head()
+    step = increment(head.state, *labelled(head, 1, seed=7), head.rule, head.noise_cov)
+    before = head.state.clone()
+    reverted(head.state, [step])
+    with pytest.raises(UpdateError, match=r"forgetting all correlations.*the posterior is unchanged"):
+        reverted(head.state, [step._replace(correlation=0.0)])
+    assert torch.equal(head.state.mean, before.mean)
+    assert all(torch.equal(now, was) for now, was in zip(head.state.cov, before.cov, strict=True))

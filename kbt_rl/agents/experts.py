@@ -86,3 +86,14 @@ def max_force(env: VecEnv) -> float:
     if stated is None:
         stated = getattr(env_attribute(env, "params", None), "max_force", None)
     return float("nan") if stated is None else float(stated)
+
+
+def label_space(env: VecEnv) -> spaces.Box | None:
+    """The box that labels are asked in: the environment's ``label_space``, else a finite observation space."""
+    space = env_attribute(env, "label_space", None)
+    if isinstance(space, spaces.Box):
+        return space
+    observation_space = env.observation_space
+    if isinstance(observation_space, spaces.Box) and observation_space.is_bounded("both"):
+        return observation_space
+    return None

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.policies import BasePolicy
@@ -158,15 +155,8 @@ class KBT(OnlineAlgorithm):
         """
         self.policy.set_fallback(fallback)
 
-    def save(
-        self,
-        path: str | Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """See ``OnlineAlgorithm.save``; of a fallback controller the file holds that there was one."""
+    def _before_saving(self) -> None:
         self.fallback_limit = None if self.policy.fallback is None else self.policy.fallback.limit
-        super().save(path, exclude, include)
 
     def _after_loading(self) -> None:
         if self.fallback_limit is not None:

@@ -1,25 +1,19 @@
 """What all online learners share: an SB3 algorithm that pre-trains, rolls out, and lets a callback teach it.
 
-A subclass adds one method, ``update(sample) -> info``. Where samples come from is the callback's business; the loop
-here only acts on the mean, advances the context, and encodes each new observation once, so that the callback's update
-and the next action share the features.
+A subclass adds one method, ``_update``, which learns from labelled rows. Where samples come from is the callback's
+business; the loop here only acts on the mean, advances the context, and encodes each new observation once, so that the
+callback's update and the next action share the features.
 """
 
 from __future__ import annotations
 
-import io
 import sys
 import time
-import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import torch
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
@@ -29,8 +23,8 @@ from torch import Tensor
 
 from kbt_rl.agents import behaviour_cloning as cloning
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
-from kbt_rl.agents.experts import Expert, as_labeller, env_attribute, force_levels, max_force
-from kbt_rl.agents.files import replacing
+from kbt_rl.agents.checkpoints import CheckpointedAlgorithm
+from kbt_rl.agents.experts import Expert, as_labeller, force_levels, label_space, max_force
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled_rows
 from kbt_rl.agents.transformer_policy import TransformerPolicy
@@ -39,7 +33,7 @@ from kbt_rl.models.context import ContextWindow
 Self = TypeVar("Self", bound="OnlineAlgorithm")
 
 
-class OnlineAlgorithm(BaseAlgorithm):
+class OnlineAlgorithm(CheckpointedAlgorithm):
     """Base of the learners that adapt a pre-trained transformer policy while it runs.
 
     Args:
@@ -105,7 +99,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         self._context: ContextWindow | None = None
         self._features: Tensor | None = None
         if self.env is not None:
-            self.label_space = _label_space(self.env)
+            self.label_space = label_space(self.env)
             self.max_force, self.forces = max_force(self.env), force_levels(self.env)
         if _init_setup_model:
             self._setup_model()
@@ -209,7 +203,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         shown = sys.stdout.isatty() if progress_bar is None else progress_bar
         with cloning.progress_bar(shown) as bar:
             if length == 1 and self.policy.transformer_config.target_return is None:
-                box = self._require_label_space()
+                box = self._requirelabel_space()
                 data = cloning.box_demonstrations(labeller, box, config.samples, rng, length, form.size)
             else:
                 if self.env is None:
@@ -252,7 +246,7 @@ class OnlineAlgorithm(BaseAlgorithm):
     def _after_pretraining(self) -> None:
         """Hook for what a subclass derives from the pre-trained network."""
 
-    def _require_label_space(self) -> spaces.Box:
+    def _requirelabel_space(self) -> spaces.Box:
         if self.label_space is None:
             raise ValueError("the model knows no label space: construct it with an env, or set model.label_space")
         return self.label_space
@@ -366,7 +360,7 @@ class OnlineAlgorithm(BaseAlgorithm):
         self._last_obs = None if force_reset else self._last_obs
         self._context = self._features = None
         if self.label_space is None:
-            self.label_space = _label_space(wrapped)
+            self.label_space = label_space(wrapped)
         if not np.isfinite(self.max_force):
             self.max_force = max_force(wrapped)
         self.forces = force_levels(wrapped) if self.forces is None else self.forces
@@ -390,71 +384,8 @@ class OnlineAlgorithm(BaseAlgorithm):
                 f"was trained in; make the environment with max_force={self.max_force}"
             )
 
-    def save(
-        self,
-        path: str | Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """SB3's ``save``, by which a file is replaced as a whole: killed at any moment, it is the old one or the new.
-
-        Save in the thread that updates, or while no other does.
-
-        Args:
-            path: With or without ``.zip``; or a file that is open for writing, which is written as it is.
-            exclude: Attributes that are not saved, besides SB3's own choice.
-            include: Attributes that are saved although they are excluded.
-        """
-        if not isinstance(path, (str, Path)):
-            super().save(path, exclude, include)
-            return
-        target = Path(path)
-        if target.suffix == "":
-            target = Path(f"{target}.zip")
-        while target.is_dir():
-            warnings.warn(f"{target} is a folder; saving to {target}_2 instead", stacklevel=2)
-            target = Path(f"{target}_2")
-        with replacing(target) as file:
-            super().save(file, exclude, include)
-
-    @classmethod
-    def load(
-        cls: type[Self],
-        path: str | Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: torch.device | str = "cpu",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> Self:
-        """SB3's ``load``, on the CPU by default like the constructor.
-
-        Raises:
-            FileNotFoundError: There is no such file, with or without ``.zip``.
-        """
-        if isinstance(path, (str, Path)) and not (Path(path).exists() or Path(f"{path}.zip").exists()):
-            raise FileNotFoundError(f"there is no model at {path} or {path}.zip; model.save({str(path)!r}) writes one")
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        model._after_loading()
-        return model
-
-    def _after_loading(self) -> None:
-        """Hook for what a subclass has to say of a model that was loaded."""
-
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_context", "_features"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy"], []
-
-
-def _label_space(env: VecEnv) -> spaces.Box | None:
-    """The box that labels are asked in: the environment's ``label_space``, else a finite observation space."""
-    space = env_attribute(env, "label_space", None)
-    if isinstance(space, spaces.Box):
-        return space
-    observation_space = env.observation_space
-    if isinstance(observation_space, spaces.Box) and observation_space.is_bounded("both"):
-        return observation_space
-    return None

@@ -103,10 +103,16 @@ def reverted(state: HeadState, steps: Iterable[Increment]) -> HeadState:
     """The posterior before ``steps``, the last one first, as a copy.
 
     Raises:
-        UpdateError: A variance would be negative, or something not finite: these steps were not the last ones.
+        UpdateError: A variance would be negative, or something not finite: these steps were not the last ones. Or one
+            of them has forgotten all correlations, of which nothing is left to restore.
     """
     before = state.clone()
     for step in steps:
+        if step.correlation == 0.0:
+            raise UpdateError(
+                "one of these updates was repaired by forgetting all correlations between weights, which cannot be "
+                "taken back; the posterior is unchanged. Roll back fewer updates, or use dtype='float64'"
+            )
         apply(before, step._replace(mean_step=-step.mean_step, signs=-step.signs, correlation=1.0))
         if step.correlation != 1.0:
             scale_correlations_(before, 1.0 / step.correlation, before.variances())

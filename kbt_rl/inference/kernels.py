@@ -787,30 +787,47 @@ def _row_moments(
 
 
 @_compiled
+def _unit_variances(cov: Array, inputs: Array, n: int, per_row: int, out: Array) -> None:
+    """``z~' Sigma_j z~`` of each hidden unit, ``(n,)``."""
+    k, offset, begin = inputs.size, 0, 0
+    for j in range(n):
+        variance = 0.0
+        if cov.ndim == 1:
+            if j == begin + per_row:  # the next block row of the triangle
+                offset += (begin + per_row) * k * per_row * k
+                begin = j
+            width = min(begin + per_row, n) * k
+            for p in range(k):
+                start = offset + ((j - begin) * k + p) * width + j * k
+                variance += inputs[p] * _dot(cov[start : start + k], inputs)
+        elif cov.ndim == 3:
+            for p in range(k):
+                total = 0.0
+                for q in range(k):
+                    total += cov[j, p, q] * inputs[q]
+                variance += inputs[p] * total
+        else:
+            for p in range(k):
+                variance += cov[j, p] * inputs[p] * inputs[p]
+        out[j] = max(variance, 0.0)
+
+
+@_compiled
 def _resolved(
     mean: Array, covs: tuple[Array, ...], first: Array, shapes: Shapes, inputs: Array, cross: Array, variances: Array,
     least: float
 ) -> bool:  # fmt: skip
     """Whether ``resolution``'s quotient of a row ``[z; 1]``, for one output, is at least ``least``."""
     n, k, per_row = shapes[0]
-    hidden, two = n * k, len(covs) == 2
-    together, apart, offset, begin = 0.0, 0.0, 0, 0
+    hidden, two, spreads = n * k, len(covs) == 2, np.empty(n)
+    together = apart = 0.0
+    if two:
+        _unit_variances(first, inputs, n, per_row, spreads)
+        together, apart = cross[hidden + n], variances[hidden + n]
     for unit in range(n):
-        if unit == begin + per_row:  # the next block row of the triangle
-            offset += (begin + per_row) * k * per_row * k
-            begin = unit
-        width, own, slope = min(begin + per_row, n) * k, unit * k, 1.0
+        own, slope = unit * k, 1.0
         if two:
-            variance = 0.0
-            for p in range(k):
-                place = offset + (own - begin * k + p) * width + own
-                if first.ndim == 1:
-                    variance += inputs[p] * _dot(first[place : place + k], inputs)
-                elif first.ndim == 3:
-                    variance += inputs[p] * _dot(first[unit, p], inputs)
-                else:  # the structure that has nothing to repair
-                    variance += inputs[p] * inputs[p] * first[unit, p]
-            activation, _, slope, _ = _relu_unit(_dot(mean[own : own + k], inputs), max(variance, 0.0))
+            activation, _, slope, _ = _relu_unit(_dot(mean[own : own + k], inputs), spreads[unit])
             slope *= mean[hidden + unit]
             together += activation * cross[hidden + unit]
             apart += activation * activation * variances[hidden + unit]
@@ -818,26 +835,24 @@ def _resolved(
             gradient = slope * inputs[p]
             together += gradient * cross[own + p]
             apart += gradient * gradient * variances[own + p]
-    if two:
-        together += cross[hidden + n]
-        apart += variances[hidden + n]
     return together >= least * apart
 
 
 @_compiled
 def _step(
     mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
-    features: Array, label: float, noise: float, replacing: bool, kept: float, least: float,
+    inputs: Array, label: float, noise: float, replacing: bool, kept: float, least: float,
     scratch: Array, moved: Array, moves: Array,
 ) -> tuple[ScalarRecord, float]:  # fmt: skip
-    """Everything of an update of one output that can be refused, see ``_scalar_step``; ``scratch`` is ``(6, P)``."""
-    cross, variances, inputs = scratch[0], scratch[1], scratch[2, : features.size + 1]
-    _copy(features, inputs)
-    inputs[features.size] = 1.0
+    """Everything of an update of one output that can be refused, see ``_scalar_step``.
+
+    ``inputs`` is the row ``[z; 1]``, ``scratch`` memory, ``(5, P)``.
+    """
+    cross, variances = scratch[0], scratch[1]
     if first.ndim > 1 and len(covs) == 2:
-        mean_out, variance = _one_output_neurons(mean, first, covs[1], inputs, cross, variances, scratch[3:])
+        mean_out, variance = _one_output_neurons(mean, first, covs[1], inputs, cross, variances, scratch[2:])
     else:
-        row = propagate(mean, covs, first, between, shapes, workspace, features, 1)
+        row = propagate(mean, covs, first, between, shapes, workspace, inputs[:-1], 1)
         mean_out, variance, cross, variances = row[0][0], row[1][0, 0], row[2][0], row[3]
     resolved = least == 0.0 or _resolved(mean, covs, first, shapes, inputs, cross, variances, least)
     record, sign = _scalar_step(mean_out, variance, cross, variances, label, noise, replacing, kept, moved, moves)
@@ -856,26 +871,12 @@ def learn(
 
     With ``least`` above 0 nor does it for a row that needs a repair, see ``resolution``.
     """
-    scratch, moved, moves = np.empty((6, mean.size)), np.empty(mean.size), np.empty((1, mean.size))
-    inputs = _inputs(centre, scale, features)[:-1]
+    scratch, moved, moves = np.empty((5, mean.size)), np.empty(mean.size), np.empty((1, mean.size))
     record: ScalarRecord
     record, sign = _step(
-        mean,
-        covs,
-        first,
-        between,
-        shapes,
-        workspace,
-        inputs,
-        label,
-        noise,
-        replacing,
-        kept,
-        least,
-        scratch,
-        moved,
-        moves,
-    )
+        mean, covs, first, between, shapes, workspace, _inputs(centre, scale, features), label, noise, replacing, kept,
+        least, scratch, moved, moves,
+    )  # fmt: skip
     if record[3] == 1.0:
         signs = np.empty(1)
         signs[0] = sign
@@ -910,7 +911,7 @@ def learn_many(
     each step is taken at once. ``records`` ``(R, 4)`` receives a ``ScalarRecord`` of each.
     """
     weights = means.shape[1]
-    scratch, workspace, signs = np.empty((6, weights)), np.empty(workspace_shape), np.empty(1)
+    scratch, workspace, signs = np.empty((5, weights)), np.empty(workspace_shape), np.empty(1)
     step = np.empty(2 * weights + 1)
     for r in range(heads.size):
         h = heads[r]
@@ -918,7 +919,7 @@ def learn_many(
         if plan.size > 0:
             step = plan[r]
         moved, moves = step[:weights], step[weights : 2 * weights].reshape(1, weights)
-        inputs = _inputs(centres[h], scales[h], features[h])[:-1]
+        inputs = _inputs(centres[h], scales[h], features[h])
         record, sign = _step(
             means[h], own, own[0], between[h], shapes, workspace, inputs, labels[h], noises[h], replacing, kept, 0.0,
             scratch, moved, moves,
@@ -960,32 +961,6 @@ def moments_many(
             row = propagate(means[h], own, own[0], between[h], shapes, workspace, inputs, out_mean.shape[1])
             _copy(row[0], out_mean[r])
             _copy(row[1].reshape(row[1].size), out_cov[r].reshape(row[1].size))
-
-
-@_compiled
-def _unit_variances(cov: Array, inputs: Array, n: int, per_row: int, out: Array) -> None:
-    """``z~' Sigma_j z~`` of each hidden unit, ``(n,)``."""
-    k, offset, begin = inputs.size, 0, 0
-    for j in range(n):
-        variance = 0.0
-        if cov.ndim == 1:
-            if j == begin + per_row:  # the next block row of the triangle
-                offset += (begin + per_row) * k * per_row * k
-                begin = j
-            width = min(begin + per_row, n) * k
-            for p in range(k):
-                start = offset + ((j - begin) * k + p) * width + j * k
-                variance += inputs[p] * _dot(cov[start : start + k], inputs)
-        elif cov.ndim == 3:
-            for p in range(k):
-                total = 0.0
-                for q in range(k):
-                    total += cov[j, p, q] * inputs[q]
-                variance += inputs[p] * total
-        else:
-            for p in range(k):
-                variance += cov[j, p] * inputs[p] * inputs[p]
-        out[j] = max(variance, 0.0)
 
 
 @_compiled_nogil

@@ -71,6 +71,13 @@ def jacobian(state: HeadState, features: Tensor) -> Tensor:
     return torch.cat([part.reshape(-1, rows * outputs) for part in (hidden, above)])
 
 
+def repaired(state: HeadState, forgotten: float) -> HeadState:
+    """A copy of the posterior after the repair with ``f = forgotten``."""
+    copy = state.clone()
+    scale_correlations_(copy, 1.0 - forgotten, copy.variances())
+    return copy
+
+
 def scale_correlations_(state: HeadState, factor: float, variances: Tensor) -> None:
     """Multiply every covariance of two weights by ``factor``, in place.
 

@@ -77,31 +77,15 @@ def increment(
     forgotten = resolution.shrinkage(state, features, propagate(state, features)[1]) if limit else 0.0
     while True:
         try:
-            return _repaired_increment(state, forgotten, *labels)
+            if forgotten == 0.0:
+                return _increment(state, *labels)
+            step = _increment(resolution.repaired(state, forgotten), *labels)
+            return step._replace(correlation=1.0 - forgotten, info=step.info._replace(repairs=1))
         except (NegativeVarianceError, NotPositiveDefiniteError):
             # The rows' own variance may be in order and their covariance with the weights not yet.
             if limit == 0.0 or forgotten == 1.0:
                 raise
             forgotten = min(max(2.0 * forgotten, limit), 1.0)
-
-
-def _repaired_increment(
-    state: HeadState,
-    forgotten: float,
-    features: Tensor,
-    target: Tensor,
-    rule: OutputRule,
-    noise_cov: Tensor,
-    belief: NoiseBelief | None,
-    weights: Tensor | None,
-) -> Increment:
-    """``increment`` after a repair that forgets a share of the correlations, see ``resolution``; 0 for none."""
-    if forgotten == 0.0:
-        return _increment(state, features, target, rule, noise_cov, belief, weights)
-    state, correlation = state.clone(), 1.0 - forgotten
-    resolution.scale_correlations_(state, correlation, state.variances())
-    step = _increment(state, features, target, rule, noise_cov, belief, weights)
-    return step._replace(correlation=correlation, info=step.info._replace(repairs=1))
 
 
 def _increment(
