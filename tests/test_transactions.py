@@ -52,7 +52,7 @@ def bits(head: BayesianHead) -> dict[str, bytes]:
 @st.composite
 def heads(draw: st.DrawFn) -> BayesianHead:
     rule = draw(st.sampled_from(sorted(RULES)))
-    structure, layers = draw(st.sampled_from(STRUCTURES)), draw(st.integers(1, 3))
+    structure, layers = draw(st.sampled_from(STRUCTURES)), draw(st.integers(1, 4))
     outputs = draw(st.integers(1, 3)) if RULES[rule].link == "identity" else draw(st.integers(2, 3))
     variance = st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 1e6])
     config: dict[str, Any] = {"rule": rule, "structure": structure, "layers": layers}
@@ -75,10 +75,13 @@ ENTRIES = st.one_of(
 @st.composite
 def arrays(draw: st.DrawFn, rows: int, columns: int) -> Any:
     """Mostly ``(rows, columns)`` of good numbers; sometimes of another shape or dtype, or with any entry."""
-    kind = draw(st.sampled_from(["good"] * 6 + ["entry"] * 3 + ["shape", "integers", "text", "complex", "float16"]))
+    bad = ["large", "shape", "integers", "text", "complex", "float16"]
+    kind = draw(st.sampled_from(["good"] * 6 + ["entry"] * 3 + bad))
     values = np.random.default_rng(draw(st.integers(0, 2**16))).normal(size=(rows, columns))
     if kind == "entry":
         values[draw(st.integers(0, rows - 1)), draw(st.integers(0, columns - 1))] = draw(ENTRIES)
+    elif kind == "large":
+        values *= 10.0 ** draw(st.floats(0.0, 26.0))
     elif kind == "shape":
         shape = draw(st.sampled_from([(rows,), (columns,), (), (0, columns), (rows + 1, columns), (rows, columns, 1)]))
         values = np.ones(shape)
@@ -121,6 +124,7 @@ def check_stream(head: BayesianHead, data: st.DataObject) -> None:
         assert float(head.state.variances().min()) >= 0.0
     prediction = head.predict(randn(2, FEATURES, seed=1))
     assert bool(torch.isfinite(prediction.mean).all())
+    assert bool(torch.isfinite(prediction.epistemic).all())
 
 
 @settings(max_examples=300, suppress_health_check=list(HealthCheck))

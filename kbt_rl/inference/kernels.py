@@ -33,7 +33,7 @@ _SMALLEST_SD = math.sqrt(np.finfo(np.float64).tiny)
 _FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
 
 # As ``record.LARGEST``: what is beyond goes the general way, which refuses it.
-_LARGEST = 1e75
+_LARGEST = 1e25
 # The moves of a neuron that is all but switched off are smaller; their products would be subnormal numbers.
 _SMALLEST_MOVE = 1e-150
 

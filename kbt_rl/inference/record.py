@@ -14,10 +14,9 @@ from kbt_rl.inference.noise import NoiseEstimate
 
 _LOST = {dtype: 8.0 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
 
-
-# Of a feature, a label or the step of a weight, in the head's own units: products of four must stay in float64, also
-# those of weights that several such labels have moved.
-LARGEST = 1e75
+# Of a feature, a label or the step of a weight, in the head's own units. The variance of a prediction of L layers has
+# products of 2 (L + 1) of them, which must stay in float64 (up to four layers), also when several such labels came.
+LARGEST = 1e25
 
 
 def kept(dtype: torch.dtype) -> float:
