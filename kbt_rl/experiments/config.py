@@ -203,7 +203,7 @@ def _single(base: Trial, quick: bool) -> list[Trial]:
     """Measurements that need one trial: the initialisation and the softmax moments."""
     return [
         replace(base, kind="initialisation", checkpoints=(), samples=0, starts=0),
-        replace(base, kind="softmax", checkpoints=(), samples=20_000 if quick else 400_000, starts=0),
+        replace(base, kind="softmax", checkpoints=(), samples=2**12 if quick else 2**15, starts=0),
     ]
 
 

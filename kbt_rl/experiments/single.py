@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.stats import norm, qmc
 
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.envs.plant import LABEL_BOX
@@ -18,7 +20,8 @@ PRIOR_VARIANCES = tuple(10.0**power for power in range(-8, 3))
 LOGIT_VARIANCES = tuple(10.0 ** (power / 2) for power in range(-8, 5))
 _CLASSES = 5
 _LOGIT_MEANS = 50
-_CHUNK = 20_000
+
+FloatArray = npt.NDArray[np.float64]
 
 
 def initialisation_errors(model: KBT) -> dict[str, Any]:
@@ -49,9 +52,8 @@ def softmax_errors(samples: int, seed: int) -> dict[str, Any]:
         Root mean square error of the mean probabilities, and relative error (Frobenius) of their covariance, averaged
         over random mean logits of 5 classes.
     """
-    rng = np.random.default_rng([seed, 11])
-    means = rng.standard_normal((_LOGIT_MEANS, _CLASSES))
-    noise = rng.standard_normal((samples, _CLASSES))
+    means = np.random.default_rng([seed, 11]).standard_normal((_LOGIT_MEANS, _CLASSES))
+    noise = _white_noise(samples, seed)
     mean_error, cov_error = [], []
     for variance in LOGIT_VARIANCES:
         pairs = [_sampled_softmax(mean, variance**0.5, noise) for mean in means]
@@ -69,14 +71,21 @@ def softmax_errors(samples: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _sampled_softmax(mean: Any, sd: float, noise: Any) -> tuple[Any, Any]:
-    """Mean and covariance of the softmax of Gaussian logits by sampling, a chunk at a time."""
-    total, outer = np.zeros(len(mean)), np.zeros((len(mean), len(mean)))
-    for begin in range(0, len(noise), _CHUNK):
-        logits = mean + sd * noise[begin : begin + _CHUNK]
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = weights / weights.sum(axis=1, keepdims=True)
-        total += probabilities.sum(axis=0)
-        outer += probabilities.T @ probabilities
-    average = total / len(noise)
-    return average, outer / len(noise) - np.outer(average, average)
+def _white_noise(samples: int, seed: int) -> FloatArray:
+    """Standard normal points ``(samples, classes)`` that fill space evenly and have mean 0 and covariance I exactly.
+
+    The terms of the softmax that are linear in the noise, by far the largest ones, then have no sampling error.
+    """
+    points = norm.ppf(qmc.Sobol(_CLASSES, seed=np.random.default_rng([seed, 12])).random(samples))
+    points -= points.mean(axis=0)
+    white: FloatArray = np.linalg.solve(np.linalg.cholesky(points.T @ points / samples), points.T).T
+    return white
+
+
+def _sampled_softmax(mean: FloatArray, sd: float, noise: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean and covariance of the softmax of Gaussian logits by sampling."""
+    logits = mean + sd * noise
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = weights / weights.sum(axis=1, keepdims=True)
+    average = probabilities.mean(axis=0)
+    return average, probabilities.T @ probabilities / len(noise) - np.outer(average, average)
