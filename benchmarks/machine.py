@@ -90,7 +90,7 @@ class Work(NamedTuple):
         return max(moving, self.flops / machine.flops)
 
 
-def update_work(structure: str, shapes: tuple[tuple[int, int], ...]) -> Work:
+def update_work(structure: str, shapes: tuple[tuple[int, int], ...], itemsize: int = 8) -> Work:
     """Least work of an update on one row with one output.
 
     Each stored entry is multiplied and added once to propagate and once to condition. A symmetric matrix of ``m`` rows
@@ -99,6 +99,7 @@ def update_work(structure: str, shapes: tuple[tuple[int, int], ...]) -> Work:
     Args:
         structure: ``joint``, ``layer``, ``neuron`` or ``diagonal``.
         shapes: Neurons and inputs (bias included) of each layer.
+        itemsize: Bytes of a number.
     """
 
     def triangle(m: int) -> int:
@@ -112,4 +113,4 @@ def update_work(structure: str, shapes: tuple[tuple[int, int], ...]) -> Work:
         "diagonal": sum(sizes),
     }[structure]
     products = entries if structure == "diagonal" else 2 * entries
-    return Work(8 * entries, 2 * products + 2 * entries)
+    return Work(itemsize * entries, 2 * products + 2 * entries)

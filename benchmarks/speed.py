@@ -24,6 +24,7 @@ from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 
 _MEMORY = 20
+_WIDEST_JOINT = 222  # 3,997 weights
 # A head is there in the loop, in the batch, and once more while the batch stacks it.
 _COPIES, _MOST_BYTES = 3, 2 * 10**9
 INDEPENDENT = "independent heads"
@@ -65,10 +66,12 @@ class Row(NamedTuple):
     threads: int
 
 
-def head_of(structure: str, features: int = 16, width: int = 32, layers: int = 2, outputs: int = 1) -> BayesianHead:
+def head_of(
+    structure: str, features: int = 16, width: int = 32, layers: int = 2, outputs: int = 1, dtype: str = "float64"
+) -> BayesianHead:
     """A head with a start of random means, as after pre-training."""
     torch.manual_seed(0)
-    config = HeadConfig(structure=structure, width=width, layers=layers, noise_variance=0.1)
+    config = HeadConfig(structure=structure, width=width, layers=layers, noise_variance=0.1, dtype=dtype)
     return BayesianHead.from_linear(torch.nn.Linear(features, outputs), config)
 
 
@@ -92,10 +95,10 @@ def _row(group: str, name: str, timing: Timing, head: BayesianHead | None = None
         return Row(group, name, "", 0, 0, 0, 0, rows, 0, 0, timing.median_us, timing.p99_us, float("nan"), threads)
     state = head.state
     shapes = [(shape.n, shape.k) for shape in state.spec.shapes]
-    stored = 8 * sum(block.numel() for block in state.cov)
+    stored = sum(block.nbytes for block in state.cov)
     limit = float("nan")
     if rows == 1 and head.out_features == 1:
-        work = update_work(state.spec.structure, tuple(shapes))
+        work = update_work(state.spec.structure, tuple(shapes), state.mean.itemsize)
         limit = 1e6 * work.seconds(limits(work.stored_bytes))
     width = shapes[0][0] if len(shapes) > 1 else 0
     return Row(
@@ -162,13 +165,13 @@ def _retraining(baseline: WarmStart, contexts: list[Any], seconds: float) -> Tim
 
 
 def sweeps(seconds: float, largest: int) -> list[Row]:
-    """Updates over width, depth, outputs and rows of one update."""
-    widths = [width for width in (32, 64, 128, 256, 512, 1024) if width <= largest]
+    """Updates over width, depth, outputs, rows of one update and the precision of the posterior."""
+    # From 32: a hidden layer holds a positive and a negative copy of the 16 features.
+    widths = [width for width in (32, 64, 128, _WIDEST_JOINT, 256, 512, 1024) if width <= largest]
     cases: dict[tuple[str, int], tuple[BayesianHead, int]] = {}
     for width in widths:
         for structure in STRUCTURES:
-            weights = width * 17 + width + 1
-            if weights <= {"joint": 4_000, "layer": 5_000}.get(structure, 10**6):
+            if width <= {"joint": _WIDEST_JOINT, "layer": 256}.get(structure, largest):
                 cases[f"width {width}, {structure}", 1] = head_of(structure, width=width), 1
     for layers in (1, 2, 3, 4):
         for structure in STRUCTURES:
@@ -179,6 +182,11 @@ def sweeps(seconds: float, largest: int) -> list[Row]:
     for rows in (1, 4, 16, 64):
         for structure in STRUCTURES:
             cases[f"rows {rows}, {structure}", rows] = head_of(structure), rows
+    for width in (32, 128):
+        for structure in STRUCTURES:
+            for dtype in ("float64", "float32"):
+                name = f"precision {dtype}, {structure}, width {width}"
+                cases[name, 1] = head_of(structure, width=width, dtype=dtype), 1
     timings = {
         key: in_turns({key[0]: _updates(head, rows)}, seconds)[key[0]] for key, (head, rows) in cases.items()
     }  # each alone: a wide one would empty the caches of the others
