@@ -1,7 +1,8 @@
 """Many decision transformers with different weights on contexts of one state, as batched products.
 
-Evaluating twenty snapshots of a warm start on fifty starts takes 500 passes of twenty small networks. Stacked, each
-layer is one product; a single token attends to itself alone, so that attention is its value projection.
+Evaluating twenty snapshots of a warm start on fifty starts takes 500 passes of twenty small networks, and training ten
+of them as many forwards and backwards. Stacked, each layer is one product; a single token attends to itself alone, so
+that attention is its value projection, and queries and keys have no gradient.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ class StackedTransformers:
         snapshots: State dicts of transformers of the same size.
         config: Their size.
 
+    Attributes:
+        weights: The stacked entries of the state dicts, by name; those that are to be trained may require a gradient.
+
     Raises:
         ValueError: Their context has more than one token.
     """
@@ -28,11 +32,11 @@ class StackedTransformers:
         if config.context_length != 1 or config.target_return is not None:
             raise ValueError("stacked transformers take a context of one state; these have more tokens")
         self.config = config
-        self._weights = {name: torch.stack([each[name] for each in snapshots]) for name in snapshots[0]}
+        self.weights = {name: torch.stack([each[name] for each in snapshots]) for name in snapshots[0]}
 
     def __call__(self, observations: Tensor) -> Tensor:
         """Actions of each transformer for observations of its own, ``(S, n, o)`` to ``(S, n, a)``."""
-        weights = self._weights
+        weights = self.weights
         tokens = self._linear("embed_state.", observations / weights["observation_scale"].unsqueeze(1))
         for depth in range(self.config.layers):
             layer = f"encoder.layers.{depth}."
@@ -52,9 +56,9 @@ class StackedTransformers:
 
     def _norm(self, name: str, tokens: Tensor) -> Tensor:
         plain = functional.layer_norm(tokens, tokens.shape[-1:])
-        weights = self._weights
+        weights = self.weights
         return torch.addcmul(weights[name + ".bias"].unsqueeze(1), plain, weights[name + ".weight"].unsqueeze(1))
 
     def _linear(self, prefix: str, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
-        weight, bias = self._weights[prefix + "weight"], self._weights[prefix + "bias"]
+        weight, bias = self.weights[prefix + "weight"], self.weights[prefix + "bias"]
         return torch.baddbmm(bias[:, rows].unsqueeze(1), inputs, weight[:, rows].mT)

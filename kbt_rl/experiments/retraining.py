@@ -2,7 +2,7 @@
 
 The networks are so small that a training waits for Python most of the time. Learners of the same size whose memories
 are full at the same moment, as on different streams, can share that wait: their weights are stacked and go through one
-vectorised pass. Every number is that of a learner trained alone but for the rounding of its matrix products.
+pass. Every number is that of a learner trained alone but for the rounding of its matrix products.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.func import functional_call, stack_module_state, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kbt_rl.agents.warm_start import WarmStart
+from kbt_rl.experiments.one_token import StackedTransformers
 
 
 class WaitingWarmStart(WarmStart):
@@ -34,27 +32,20 @@ def train_together(learners: Sequence[WaitingWarmStart]) -> None:
     """What ``WarmStart`` does with a full memory, for all learners at once; they differ in weights and memory only."""
     first = learners[0]
     transformers = [learner.policy.transformer for learner in learners]
-    template, form = first.policy.transformer, first.policy.actions
-    weights, buffers = stack_module_state(transformers)
     memories = [learner._memory_tensors() for learner in learners]
-    inputs = [torch.stack(parts) for parts in zip(*(inputs for inputs, _ in memories), strict=True)]
+    observations = torch.stack([inputs[0][:, -1] for inputs, _ in memories])
     targets = torch.stack([target for _, target in memories])
-
-    def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor], target: Tensor) -> Tensor:
-        actions = functional_call(template, (weights, buffers), tuple(inputs))
-        return form.loss(actions[:, -1], target, buffers["action_scale"])
-
-    optimiser = torch.optim.Adam(weights.values(), lr=first.step_size, fused=True)
-    template.train()
-    with sdpa_kernel(SDPBackend.MATH):  # the one that can be vectorised
-        for _ in range(first.epochs):
-            losses = vmap(loss)(weights, buffers, inputs, targets)
-            optimiser.zero_grad()
-            losses.sum().backward()
-            optimiser.step()
-    template.eval()
+    stacked = StackedTransformers([each.state_dict() for each in transformers], first.policy.transformer_config)
+    trained = {name: stacked.weights[name].requires_grad_() for name, _ in transformers[0].named_parameters()}
+    unit = stacked.weights["action_scale"].unsqueeze(1)
+    optimiser = torch.optim.Adam(trained.values(), lr=first.step_size, fused=True)
+    for _ in range(first.epochs):
+        loss = first.policy.actions.loss(stacked(observations), targets, unit)
+        optimiser.zero_grad()
+        (len(learners) * loss).backward()  # the mean over all rows is that of each learner over their number
+        optimiser.step()
     with torch.no_grad():
         for index, (learner, transformer) in enumerate(zip(learners, transformers, strict=True)):
             for name, weight in transformer.named_parameters():
-                weight.copy_(weights[name][index])
+                weight.copy_(trained[name][index])
             learner._forget_memory()
