@@ -19,7 +19,7 @@ from kbt_rl.experiments.aggregate import estimate
 from kbt_rl.experiments.config import PRETRAINING, Method, digest, tuned, warm_start_method
 from kbt_rl.experiments.label_rules import RuleTrial, run_rule
 from kbt_rl.experiments.learners import pretrain
-from kbt_rl.experiments.plot_style import BLUE, INK, ORANGE, VERMILION, legend_below, new_figure, style
+from kbt_rl.experiments.plot_style import BLUE, INK, ORANGE, VERMILION, legend_below, new_figure, save, style
 from kbt_rl.experiments.report import text_table
 from kbt_rl.experiments.rescue import Labelling, RescueTrial, run_rescue
 from kbt_rl.experiments.runner import versions, write_json
@@ -126,8 +126,7 @@ def run_study(seed: int, quick: bool, out: Path, console: Console) -> None:
     write_rows(out / "rescue.csv", rescues)
     write_rows(out / "label_rules.csv", rules)
     with style():
-        figure = draw_rules(rules)
-        figure.savefig(out / "label_rules.png")
+        save(draw_rules(rules), out / "label_rules.png")
     print_rescue(rescues, console)
     console.print(f"tables and figures in {out}")
 
