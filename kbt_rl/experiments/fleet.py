@@ -1,6 +1,6 @@
 """Many copies of one learner, each with an episode and a posterior of its own, stepped side by side.
 
-A rescue is judged over a hundred starts. Each start has its own learner, but all of them are asked, labelled and moved
+A way to learn is judged over many starts. Each start has its own learner, but all of them are asked, labelled and moved
 at the same steps, so that features, actions and dynamics are computed as one batch.
 """
 
@@ -59,6 +59,11 @@ class HeadFleet:
         with torch.inference_mode():
             mean: FloatArray = view_mean(self._stacked, self._heads[0].standardise(features))[..., 0].numpy()
         return mean.reshape(states.shape[:-1]) * self._newton
+
+    def keep(self, count: int) -> None:
+        """Go on with the first ``count`` learners only."""
+        self._heads = self._heads[:count]
+        self._stacked = None
 
     def learn(self, states: FloatArray, forces: FloatArray) -> None:
         """See ``Fleet``."""
