@@ -23,7 +23,7 @@ from kbt_rl.agents.lqr import LQRExpert, lqr_gain
 from kbt_rl.envs.plant import DT, LABEL_BOX, SHIFTED, is_settled, is_upright, rk4_step
 from kbt_rl.experiments.config import KBT_METHOD, PRETRAINING, digest
 from kbt_rl.experiments.fleet import HeadFleet, make_fleet
-from kbt_rl.experiments.learners import NOMINAL_ID, pretrain
+from kbt_rl.experiments.learners import NOMINAL_ID, pretrain, pretrained_path
 from kbt_rl.experiments.rescue import label_free_score
 from kbt_rl.experiments.runner import versions, write_json
 from kbt_rl.experiments.simulation import EPISODE_STEPS, starts
@@ -118,9 +118,7 @@ def run_study(config: NoOracleConfig, models: Path | None = None) -> Study:
         models: Folder in which pre-trained policies are kept; trained anew if None.
     """
     torch.manual_seed(config.seed)
-    path = None
-    if models is not None:
-        path = models / f"pretrained-{config.pretrain_seed}-{digest(config.pretraining)}.zip"
+    path = pretrained_path(config.pretrain_seed, config.pretraining, models)
     pretrained = pretrain(config.pretrain_seed, config.pretraining, path)
     learners = make_fleet(KBT_METHOD, pretrained, config.learners, SHIFTED)
     assert isinstance(learners, HeadFleet)

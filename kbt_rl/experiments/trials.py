@@ -15,7 +15,7 @@ from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import Sample
 from kbt_rl.envs.plant import SHIFTED, is_upright, rk4_step
 from kbt_rl.experiments import learners
-from kbt_rl.experiments.config import Trial, digest
+from kbt_rl.experiments.config import Trial
 from kbt_rl.experiments.learners import LabelStream, build
 from kbt_rl.experiments.printed import PrintedKBT
 from kbt_rl.experiments.retraining import WaitingWarmStart, train_together
@@ -64,7 +64,7 @@ def _pretrained(trial: Trial, models: Path | None) -> KBT:
 
 def model_path(trial: Trial, models: Path | None) -> Path | None:
     """Where the pre-trained policy of a trial is kept."""
-    return None if models is None else models / f"pretrained-{trial.pretrain_seed}-{digest(trial.pretraining)}.zip"
+    return learners.pretrained_path(trial.pretrain_seed, trial.pretraining, models)
 
 
 def _evaluate(force: Force, trial: Trial, policies: int) -> Record:
