@@ -1,3 +1,7 @@
+"""Trials, batches and plans of the experiments: repeatable, resumable, and the same alone or side by side."""
+
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
