@@ -22,7 +22,6 @@ from kbt_rl.experiments import learners
 from kbt_rl.experiments.aggregate import Z95, estimate
 from kbt_rl.experiments.config import FIRST_REPORTED_SEED, KBT_METHOD, NOISE_VARIANCES, PRETRAINING, Method, Trial
 from kbt_rl.experiments.learners import LabelStream, build, features_of
-from kbt_rl.experiments.trials import model_path
 
 FloatArray = npt.NDArray[np.float64]
 Kind = Literal["gaussian", "student_t", "outliers"]
@@ -157,7 +156,8 @@ def run_noise_trial(trial: NoiseTrial, models: Path | None = None) -> tuple[Nois
         models: Folder in which pre-trained policies are kept; each is trained anew if None.
     """
     plain = Trial("uncertainty", KBT_METHOD, trial.pretrain_seed, trial.stream_seed, pretraining=trial.pretraining)
-    pretrained = learners.pretrain(trial.pretrain_seed, trial.pretraining, model_path(plain, models))
+    path = learners.pretrained_path(trial.pretrain_seed, trial.pretraining, models)
+    pretrained = learners.pretrain(trial.pretrain_seed, trial.pretraining, path)
     told = trial.variance if trial.method in (KNOWN, ROBUST_KNOWN) else 0.0
     learner = build(trial.method, pretrained, told)
     assert isinstance(learner, KBT)

@@ -28,7 +28,7 @@ from kbt_rl.experiments.config import FIRST_REPORTED_SEED, KBT_METHOD, PRETRAINI
 from kbt_rl.experiments.learners import LabelStream, batch_force, build, features_of, snapshot
 from kbt_rl.experiments.noise import errors_and_variances, noise_unit
 from kbt_rl.experiments.simulation import expert_force, simulate, starts
-from kbt_rl.experiments.trials import VisitedStates, model_path
+from kbt_rl.experiments.trials import VisitedStates
 from kbt_rl.inference.density import LOG_TWO_PI
 from kbt_rl.inference.record import UpdateInfo
 
@@ -157,7 +157,8 @@ def run_trust_trial(trial: TrustTrial, models: Path | None = None) -> TrustRow:
         noise_variance=trial.variance,
         pretraining=trial.pretraining,
     )
-    pretrained = learners.pretrain(trial.pretrain_seed, trial.pretraining, model_path(plain, models))
+    path = learners.pretrained_path(trial.pretrain_seed, trial.pretraining, models)
+    pretrained = learners.pretrain(trial.pretrain_seed, trial.pretraining, path)
     learner, stream = _learner(trial, pretrained), LabelStream(plain)
     records = [] if trial.structure == NO_LEARNING else _learn(trial, learner, stream)
     states = held_out_states(trial, learner)
