@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from benchmarks import accuracy, blocks, page, speed
 from kbt_rl.experiments.config import PRETRAINING
-from kbt_rl.experiments.learners import pretrain
+from kbt_rl.experiments.learners import pretrain, pretrained_path
 
 
 @dataclass
@@ -80,7 +80,7 @@ def _threads(count: int, seconds: float) -> list[speed.Row]:
 
 
 def _pendulum(out: Path, seed: int) -> accuracy.Task:
-    return accuracy.pendulum(pretrain(1000, PRETRAINING, out / "models" / "pretrained-1000.zip"), seed)
+    return accuracy.pendulum(pretrain(1000, PRETRAINING, pretrained_path(1000, PRETRAINING, out / "models")), seed)
 
 
 def _score(

@@ -20,6 +20,7 @@ from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import lqr_gain
 from kbt_rl.agents.prior_choice import prior_grid
 from kbt_rl.envs.plant import LABEL_BOX, SHIFTED
+from kbt_rl.experiments.aggregate import Z95
 from kbt_rl.experiments.learners import features_of
 from kbt_rl.experiments.simulation import expert_force
 from kbt_rl.inference.config import HeadConfig
@@ -28,7 +29,6 @@ from kbt_rl.inference.evidence import sequential_log_density
 Array = npt.NDArray[np.float64]
 
 CANDIDATES = prior_grid(hidden=(1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2), last=(0.1, 1.0), rhos=(0.0, 0.9))
-_INTERVAL = 1.959964
 
 
 class Task(NamedTuple):
@@ -148,5 +148,5 @@ def _score(task: Task, name: str, seed: int, learner: Peer, prior: str) -> Score
     mean, variance = learner.predict(task.test_features)
     error = task.test_labels - mean
     density = -0.5 * float(np.mean(np.log(2.0 * np.pi * variance) + error**2 / variance))
-    covered = float(np.mean(np.abs(error) <= _INTERVAL * np.sqrt(variance))) if math.isfinite(density) else math.nan
+    covered = float(np.mean(np.abs(error) <= Z95 * np.sqrt(variance))) if math.isfinite(density) else math.nan
     return Score(task.name, name, seed, float(np.sqrt(np.mean(error**2))), covered, density, prior)

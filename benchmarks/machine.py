@@ -7,6 +7,7 @@ condition, whatever the arithmetic.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -55,20 +56,20 @@ def limits(working_set: int, seconds: float = 0.2) -> Limits:
         seconds: For each measurement.
     """
     values = np.ones(max(working_set // 8, 64))
-    read = _best(lambda: _read(values), seconds) / values.nbytes
-    rewrite = _best(lambda: _rewrite(values, 0.999), seconds) / values.nbytes
+    read = _median_seconds(lambda: _read(values), seconds) / values.nbytes
+    rewrite = _median_seconds(lambda: _rewrite(values, 0.999), seconds) / values.nbytes
     rounds = 2_000
-    return Limits(read, rewrite, 2 * 64 * rounds / _best(lambda: _multiply_add(rounds), seconds))
+    return Limits(read, rewrite, 2 * 64 * rounds / _median_seconds(lambda: _multiply_add(rounds), seconds))
 
 
-def _best(call: object, seconds: float) -> float:
-    """Median seconds of a call; the fastest one would be the luck of a shared machine."""
-    call()  # type: ignore[operator]
+def _median_seconds(call: Callable[[], object], seconds: float) -> float:
+    """Of a call, over so many seconds; the fastest one would be the luck of a shared machine."""
+    call()
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(taken) < 5:
         start = time.perf_counter()
-        call()  # type: ignore[operator]
+        call()
         taken.append(time.perf_counter() - start)
     return float(np.median(taken))
 

@@ -41,7 +41,11 @@ def _table(heads: Sequence[str], body: Iterable[Sequence[object]]) -> list[str]:
 
 
 def _number(value: float, digits: int = 3) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}g}"
+    """So many significant digits, thousands in groups; a dash for NaN."""
+    if math.isnan(value):
+        return "-"
+    rounded = f"{value:.{digits}g}"
+    return f"{float(rounded):,.0f}" if abs(value) >= 1_000.0 else f"{float(rounded):g}"
 
 
 def _page(

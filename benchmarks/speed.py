@@ -16,9 +16,9 @@ from benchmarks.machine import limits, update_work
 from benchmarks.peers import STRUCTURES, JaxEKF
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
-from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.experiments.learners import NOMINAL_ID
+from kbt_rl.experiments.timing import encode_by_pytorch
 from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
@@ -125,7 +125,7 @@ def paper_head(seconds: float) -> list[Row]:
 
     calls: dict[str, Callable[[], Any]] = {
         "encoder": turn(lambda i: policy.encode(contexts[i])),
-        "encoder (PyTorch layers)": turn(lambda i: _pytorch_encoder(plain, contexts[i])),
+        "encoder (PyTorch layers)": turn(lambda i: encode_by_pytorch(plain, contexts[i])),
         "act, plain network": turn(lambda i: plain.act(plain.encode(contexts[i]))),
         "act, mean of the posterior": turn(lambda i: policy.act(policy.encode(contexts[i]))),
         "act, mean and variance": turn(lambda i: policy.head.predict(policy.encode(contexts[i]))),
@@ -142,15 +142,6 @@ def paper_head(seconds: float) -> list[Row]:
     found += [_row("paper's head", f"update, {name}", timings[f"update, {name}"], head) for name, head in heads.items()]
     found.append(_row("paper's head", "update, EKF (JAX)", timings["update, EKF (JAX)"]))
     return [*found, _row("paper's head", f"warm start {_MEMORY}, per sample", _retraining(baseline, contexts, seconds))]
-
-
-def _pytorch_encoder(policy: TransformerPolicy, context: Any) -> Any:
-    transformer = policy.transformer
-    with torch.inference_mode():
-        tokens = transformer.embed_state(torch.from_numpy(context.observations) / transformer.observation_scale)
-        for layer in transformer.encoder.layers:
-            tokens = layer(tokens)
-    return tokens
 
 
 def _retraining(baseline: WarmStart, contexts: list[Any], seconds: float) -> Timing:

@@ -15,6 +15,7 @@ import gymnasium as gym
 
 if TYPE_CHECKING:
     from kbt_rl.agents.fallback import Fallback
+    from kbt_rl.agents.identification import SelfTuningLQR
     from kbt_rl.agents.kbt import KBT
     from kbt_rl.agents.lqr import LQRExpert
     from kbt_rl.agents.policies import DecisionTransformerPolicy
@@ -43,6 +44,7 @@ __all__ = [
     "LQRExpert",
     "OnlineAdapter",
     "Sample",
+    "SelfTuningLQR",
     "WarmStart",
     "choose_prior",
 ]
@@ -60,6 +62,7 @@ _MODULE_OF = {
     "LQRExpert": "kbt_rl.agents.lqr",
     "OnlineAdapter": "kbt_rl.callbacks",
     "Sample": "kbt_rl.agents.sample",
+    "SelfTuningLQR": "kbt_rl.agents.identification",
     "WarmStart": "kbt_rl.agents.warm_start",
     "choose_prior": "kbt_rl.agents.prior_choice",
 }

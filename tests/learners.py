@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from kbt_rl import KBT, DecisionTransformerConfig, DecisionTransformerPolicy, LQRExpert, WarmStart
+from kbt_rl import KBT, DecisionTransformerConfig, DecisionTransformerPolicy, LQRExpert, Sample, WarmStart
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.transformer_policy import TransformerPolicy
@@ -110,3 +110,24 @@ class Recorder(BaseCallback):
     def _on_step(self) -> bool:
         self.steps.append({name: self.locals[name] for name in self.names})
         return True
+
+
+class Updates:
+    """Keeps the samples that a model is taught."""
+
+    def __init__(self, model: OnlineAlgorithm) -> None:
+        self.samples: list[Sample] = []
+        self._update = model.update
+        model.update = self._note  # type: ignore[method-assign]
+
+    def _note(self, sample: Sample) -> Any:
+        self.samples.append(sample)
+        return self._update(sample)
+
+    @property
+    def observations(self) -> Array:
+        return np.concatenate([sample.context.newest for sample in self.samples])  # type: ignore[union-attr]
+
+    @property
+    def targets(self) -> Array:
+        return np.concatenate([sample.target for sample in self.samples])

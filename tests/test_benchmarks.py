@@ -78,6 +78,21 @@ def test_growth_is_fitted_by_a_constant_and_a_multiple_of_the_limit() -> None:
     assert float(off[-2].split("|")[-2]) > 0.3
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (math.nan, "-"),
+        (0.00321987, "0.00322"),
+        (54.36, "54.4"),
+        (999.9, "1000"),
+        (22_149.0, "22,100"),
+        (1.72e6, "1,720,000"),
+    ],
+)
+def test_the_page_writes_three_digits_without_an_exponent(value: float, shown: str) -> None:
+    assert page._number(value) == shown
+
+
 def test_the_choice_looks_at_the_samples_only() -> None:
     task = accuracy.toy(8, in_span=False, samples=40, held_out=10)
     candidates = (HeadConfig(hidden_variance=1e-6), HeadConfig(hidden_variance=1e-3))

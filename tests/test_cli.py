@@ -1,11 +1,18 @@
+"""The command line: what it writes, and what it says when something is wrong."""
+
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
 
 from kbt_rl.cli import main
 
+COMMANDS = ["reproduce", "tune", "pretrain", "adapt", "evaluate", "render"]
+STUDIES = ["rescue", "change", "noise", "no-oracle", "discrete", "trust", "prior"]
 
-@pytest.mark.parametrize("command", ["reproduce", "tune", "pretrain", "adapt", "evaluate", "render"])
+
+@pytest.mark.parametrize("command", COMMANDS + STUDIES)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -11,13 +11,16 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from learners import changed, kbt, warm_start, weights
+from matplotlib.figure import Figure
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from kbt_rl import KBT
-from kbt_rl.agents.files import replacing
+from kbt_rl.experiments.plot_style import save
+from kbt_rl.files import replacing, write_text
 
 SCRIPT = Path(__file__).with_name("killed_saves.py")
 
@@ -184,3 +187,36 @@ def test_writers_of_the_same_path_wait_for_each_other(tmp_path: Path) -> None:
         thread.join()
     assert not mixed
     assert names(tmp_path) == ["file"]
+
+
+# ---------------------------------------------------------------------- tables, figures and results
+
+
+def test_a_figure_that_cannot_be_drawn_keeps_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"old")
+
+    class Torn(Figure):
+        """Fails half way."""
+
+        def savefig(self, file: Any, **_: Any) -> None:
+            file.write(b"half")
+            raise MemoryError("no memory left")
+
+    with pytest.raises(MemoryError, match="no memory"):
+        save(Torn(), path)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["figure.png"]
+    save(Figure(), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_takes_its_place_as_a_whole_in_a_folder_that_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep" / "a.txt"
+    for text in ("été\n", "b"):
+        write_text(path, text)
+        assert path.read_bytes() == text.encode("utf-8")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert path.read_bytes() == b"b"
+    assert names(path.parent) == ["a.txt"]

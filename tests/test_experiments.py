@@ -1,3 +1,7 @@
+"""Trials, batches and plans of the experiments: repeatable, resumable, and the same alone or side by side."""
+
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
@@ -35,7 +39,7 @@ from kbt_rl.experiments.config import (
 from kbt_rl.experiments.one_token import StackedTransformers
 from kbt_rl.experiments.runner import perform, read_results, result_path, run_all
 from kbt_rl.experiments.simulation import Outcome, expert_force, regret, simulate, starts
-from kbt_rl.experiments.timing import _Timed
+from kbt_rl.experiments.timing import _Timed, encode_by_pytorch
 from kbt_rl.experiments.tune import score, tuning_plan
 from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
 
@@ -202,6 +206,12 @@ def test_a_block_of_warm_start_is_spread_over_its_samples(pretrained: KBT) -> No
     timed = _Timed(learners.build(warm_start_method(10, 1e-3), pretrained), block=10)
     timed.update, timed.encode = ([0.0] * 9 + [1.0]) * 3, [0.25] * 30
     assert timed.record() == pytest.approx({"update_s": 0.1, "encoder_s": 0.25, "sample_to_posterior_s": 0.35})
+
+
+def test_the_encoder_that_is_timed_beside_ours_computes_the_same(pretrained: KBT) -> None:
+    policy = pretrained.policy
+    context = policy.start(np.random.default_rng(0).uniform(-1, 1, (5, 4)).astype(np.float32))
+    torch.testing.assert_close(encode_by_pytorch(policy, context)[:, 0], policy.encode(context))
 
 
 def test_methods_take_turns(out: Path) -> None:

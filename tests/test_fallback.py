@@ -137,6 +137,7 @@ def test_a_rollout_at_limit_0_is_the_controllers() -> None:
     env = make_vec_env(SHIFTED, n_envs=2)
     env.seed(0)
     observations = env.reset()
+    assert len(seen.steps) == 20
     for step in seen.steps:
         actions = expert().predict(observations)[0]  # type: ignore[arg-type]
         np.testing.assert_array_equal(step["actions"], actions)

@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from kbt_rl.commands import no_oracle as command
 from kbt_rl.envs import SHIFTED
 from kbt_rl.experiments import no_oracle
+from kbt_rl.experiments.fleet import Fleet, HeadFleet
 from kbt_rl.experiments.learners import batch_force, snapshot
 from kbt_rl.experiments.no_oracle import EXPERT_ACTS, LearnerRow, NoOracleConfig, perform, run_study, study_plan
 from kbt_rl.experiments.no_oracle_report import read_study, summarise, wilson_interval
@@ -28,13 +29,12 @@ def _shared_policy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_labels_from_identification_teach_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def error(self: no_oracle._Learners, initial: np.ndarray) -> np.ndarray:
+    def error(learners: Fleet, initial: np.ndarray) -> np.ndarray:
         """Root mean square error of each learner's force at states of the start box, N."""
-        many = np.tile(initial[:, None].astype(np.float32), (1, len(self.heads), 1))
-        missed = [self.forces(row) - expert_force(SHIFTED)(row) for row in many]
-        return np.sqrt(np.mean(np.square(missed), axis=0))
+        missed = learners.force(initial) - expert_force(SHIFTED)(initial)
+        return np.sqrt(np.mean(np.square(missed), axis=1))
 
-    monkeypatch.setattr(no_oracle._Learners, "scores", error)
+    monkeypatch.setattr(no_oracle, "label_free_score", error)
     taught, untaught = run_study(SMALL), run_study(replace(SMALL, labels="none"))
     assert [(row.learner, row.episodes) for row in taught.learners] == [(0, 1), (1, 1), (0, 2)]
     assert all(row.no_fall for row in taught.learners)
@@ -66,13 +66,13 @@ def test_expert_that_acts_needs_no_policy_and_the_oracle_no_identification() -> 
 def test_a_label_reaches_the_policy_after_it_has_acted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first force is the pre-trained policy's; the second is not, for it has learned a label in between."""
     forces: list[np.ndarray] = []
-    act = no_oracle._Learners.forces
+    act = HeadFleet.force
 
-    def noted(self: no_oracle._Learners, observations: np.ndarray) -> np.ndarray:
-        forces.append(act(self, observations))
+    def noted(self: HeadFleet, states: np.ndarray) -> np.ndarray:
+        forces.append(act(self, states))
         return forces[-1]
 
-    monkeypatch.setattr(no_oracle._Learners, "forces", noted)
+    monkeypatch.setattr(HeadFleet, "force", noted)
     run_study(replace(SMALL, steps=2, checkpoints=(1,)))
     taught = forces.copy()
     forces.clear()

@@ -202,12 +202,18 @@ def _with_rng(model: KBT, rng: np.random.Generator) -> KBT:
     return other
 
 
-def test_the_variance_gate_looks_at_each_posterior() -> None:
+def fleet_with_one_taught() -> KBT:
+    """Only the second posterior has had labels."""
     model = fleet()
     taught = states(30)
     for index in range(30):
         observations = np.repeat(taught[index : index + 1], ENVS, axis=0)
         model.update(Sample(observations, labels(observations, missing=[0, 2])))
+    return model
+
+
+def test_the_variance_gate_looks_at_each_posterior() -> None:
+    model = fleet_with_one_taught()
     features = model.policy.encode(model.policy.start(np.repeat(states(1, seed=7), ENVS, axis=0)))
     variances = np.array([float(head.predict_logits(features[:1]).cov) for head in model.policy.heads])
     assert variances[0] > 10 * variances[1]
@@ -218,11 +224,7 @@ def test_the_variance_gate_looks_at_each_posterior() -> None:
 
 
 def test_a_fallback_looks_at_each_posterior() -> None:
-    model = fleet()
-    taught = states(30)
-    for index in range(30):
-        observations = np.repeat(taught[index : index + 1], ENVS, axis=0)
-        model.update(Sample(observations, labels(observations, missing=[0, 2])))
+    model = fleet_with_one_taught()
     model.set_fallback(Fallback(lambda observations: np.full((len(observations), 1), -1.0), 0.05))
     actions = model.predict(np.repeat(states(1, seed=7), ENVS, axis=0), deterministic=True)[0]
     assert (actions[:, 0] == -1.0).tolist() == [True, False, True]

@@ -1,3 +1,7 @@
+"""Algorithm 1: which rows a pair of sequences becomes, and that equal rows count as less noise."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import Tensor, nn

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from learners import changed, expert, kbt, states, warm_start, weights
+from learners import Updates, changed, expert, kbt, states, warm_start, weights
 from test_callbacks import curve, events
 
 from kbt_rl import KBT, KalmanAdapter, OnlineAdapter
@@ -28,19 +28,6 @@ class Asked:
     def __call__(self, observations: np.ndarray) -> np.ndarray:
         self.states.append(np.array(observations))
         return np.asarray(expert().predict(observations)[0])
-
-
-class Updates:
-    """The posterior mean at every step of the rollout, and the number of labels used."""
-
-    def __init__(self, model: OnlineAlgorithm) -> None:
-        self.samples: list[Any] = []
-        self._update = model.update
-        model.update = self._note  # type: ignore[method-assign]
-
-    def _note(self, sample: Any) -> Any:
-        self.samples.append(sample)
-        return self._update(sample)
 
 
 class Alternate(QueryRule):

@@ -113,6 +113,15 @@ def test_the_held_label_is_the_newest(model: KBT) -> None:
     fleet.learn(np.zeros((2, 4)), np.array([3.0, -4.0]))
     fleet.learn(np.zeros((2, 4)), np.array([np.nan, 5.0]))
     np.testing.assert_array_equal(fleet.force(np.ones((2, 4))), [3.0, 5.0])
+    np.testing.assert_array_equal(fleet.force(np.ones((2, 3, 4))), [[3.0] * 3, [5.0] * 3])
+
+
+def test_until_its_first_label_a_holder_acts_as_the_pretrained_policy(model: KBT) -> None:
+    fleet, states = make_fleet(HOLD, model, 2, SHIFTED), starts(5, 6).reshape(2, 3, 4)
+    alone = make_fleet(METHODS[4], model, 2, SHIFTED).force(states)
+    fleet.learn(states[:, 0], np.array([np.nan, 5.0]))
+    np.testing.assert_array_equal(fleet.force(states), [alone[0], [5.0] * 3])
+    np.testing.assert_allclose(fleet.force(states[:, 0]), [alone[0, 0], 5.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("delay", [1, 3])

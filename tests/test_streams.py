@@ -7,34 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium import spaces
-from learners import LABEL_HIGH, SHIFTED, Recorder, changed, expert, kbt, longer_kbt, states, weights
+from learners import LABEL_HIGH, SHIFTED, Recorder, Updates, changed, expert, kbt, longer_kbt, states, weights
 from stable_baselines3.common.env_util import make_vec_env
 
-from kbt_rl import KBT, KalmanAdapter, Sample
+from kbt_rl import KalmanAdapter, Sample
 from kbt_rl.callbacks import IidStream, RecordedStream, SampleStream, StreamBatch, VisitedStream
 from kbt_rl.models.context import ContextWindow
-
-
-class Updates:
-    """Keeps the samples that a model is taught."""
-
-    def __init__(self, model: KBT) -> None:
-        self.samples: list[Sample] = []
-        self._update = model.update
-        model.update = self._note  # type: ignore[method-assign]
-
-    def _note(self, sample: Sample) -> Any:
-        self.samples.append(sample)
-        return self._update(sample)
-
-    @property
-    def observations(self) -> np.ndarray:
-        return np.concatenate([sample.context.newest for sample in self.samples])  # type: ignore[union-attr]
-
-    @property
-    def targets(self) -> np.ndarray:
-        return np.concatenate([sample.target for sample in self.samples])
-
 
 # ---------------------------------------------------------------------- i.i.d.
 

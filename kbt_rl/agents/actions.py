@@ -15,11 +15,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from kbt_rl.inference.output import Link
+from kbt_rl.inference.output import Link, are_distributions
 
 Array = npt.NDArray[Any]
-# How far the sum of a label distribution, often float32, may be from 1.
-_SUM_TOLERANCE = 1e-5
 
 
 class ActionFormat(ABC):
@@ -125,7 +123,7 @@ class DiscreteActions(ActionFormat):
             return self._one_hot(np.atleast_1d(values))
         rows = np.atleast_2d(np.asarray(values, dtype=np.float64))
         if rows.shape[-1] == self.size:
-            wrong = (rows < 0.0).any(axis=-1) | (np.abs(rows.sum(axis=-1) - 1.0) > _SUM_TOLERANCE)  # NaN is neither
+            wrong = ~are_distributions(rows) & ~np.isnan(rows).any(axis=-1)
             if wrong.any():
                 raise ValueError(
                     f"target row {rows[np.flatnonzero(wrong)[0]]} is no distribution over {self.size} actions: entries "

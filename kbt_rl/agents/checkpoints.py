@@ -12,7 +12,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 
-from kbt_rl.agents.files import replacing
+from kbt_rl.files import replacing
 
 Self = TypeVar("Self", bound="CheckpointedAlgorithm")
 

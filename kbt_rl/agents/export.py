@@ -23,10 +23,10 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from kbt_rl.agents.files import replacing
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.transformer_policy import TransformerPolicy
+from kbt_rl.files import replacing
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.models.decision_transformer import DecisionTransformerConfig
 

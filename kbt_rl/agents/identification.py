@@ -19,7 +19,7 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.linear_model import LinearModelPosterior, continuous_model, pendulum_prior
-from kbt_rl.agents.lqr import LQRExpert, _check_force_cost, _check_state_cost
+from kbt_rl.agents.lqr import LQRExpert, check_force_cost, check_state_cost, stabilising_gain
 from kbt_rl.envs.plant import DT, FloatArray
 
 logger = logging.getLogger("kbt_rl")
@@ -89,7 +89,7 @@ class SelfTuningLQR(LQRExpert):
             raise ValueError(f"dt must be positive and finite, got {dt!r}")
         if not (np.isfinite(tolerance) and tolerance >= 0):
             raise ValueError(f"tolerance must be finite and not negative, got {tolerance!r}")
-        self._state_cost, self._force_cost = _check_state_cost(Q), _check_force_cost(R)
+        self._state_cost, self._force_cost = check_state_cost(Q), check_force_cost(R)
         box = np.asarray(region, dtype=np.float64)
         if box.shape != (4,) or not (box > 0).all():  # NaN fails the comparison too
             raise ValueError(f"region must be four positive numbers, inf for no bound; got {region!r}")
@@ -249,16 +249,7 @@ def riccati_gain(rates: FloatArray, dt: float, state_cost: FloatArray, force_cos
     Raises:
         ValueError: No gain stabilises the model at a finite cost.
     """
-    A, B = continuous_model(rates, dt)
-    import control  # imports pyplot: not on every import of the package
-
-    try:
-        gain, _, poles = control.lqr(A, B, state_cost, force_cost)
-    except (np.linalg.LinAlgError, control.ControlArgument, ValueError) as error:
-        raise ValueError(f"the Riccati equation of the identified model has no solution: {error}") from error
-    if not (np.isfinite(gain).all() and (np.real(poles) < 0).all()):
-        raise ValueError(f"the best gain of the identified model does not stabilise it: poles {poles}")
-    return np.asarray(gain, dtype=np.float64)
+    return stabilising_gain(*continuous_model(rates, dt), state_cost, force_cost, "the identified model")
 
 
 def _rows(name: str, values: npt.ArrayLike, size: int) -> FloatArray:

@@ -42,15 +42,33 @@ def lqr_gain(
     Raises:
         ValueError: Q or R is not as described, or no gain stabilises the plant at a finite cost.
     """
-    state_cost, force_cost = _check_state_cost(Q), _check_force_cost(R)
+    state_cost, force_cost = check_state_cost(Q), check_force_cost(R)
+    return stabilising_gain(*linearize(params), state_cost, force_cost, f"{params} with Q={Q!r} and R={R!r}")
+
+
+def stabilising_gain(
+    A: FloatArray, B: FloatArray, state_cost: FloatArray, force_cost: FloatArray, plant: str
+) -> FloatArray:
+    """Gain of the continuous-time linear-quadratic regulator of ``s' = A s + B u``, ``(1, 4)``.
+
+    Args:
+        A: ``(4, 4)``.
+        B: ``(4, 1)``.
+        state_cost: Q, ``(4, 4)``.
+        force_cost: R, ``(1, 1)``.
+        plant: What an error calls the plant.
+
+    Raises:
+        ValueError: No gain stabilises the plant at a finite cost.
+    """
     import control  # imports pyplot: not on every import of the package
 
     try:
-        gain, _, poles = control.lqr(*linearize(params), state_cost, force_cost)
+        gain, _, poles = control.lqr(A, B, state_cost, force_cost)
     except (np.linalg.LinAlgError, control.ControlArgument, ValueError) as error:
-        raise ValueError(f"no stabilising gain exists for {params} with Q={Q!r} and R={R!r}: {error}") from error
-    if not np.all(np.real(poles) < 0):
-        raise ValueError(f"the best gain for {params} with Q={Q!r} and R={R!r} does not stabilise it: poles {poles}")
+        raise ValueError(f"no stabilising gain exists for {plant}: {error}") from error
+    if not (np.isfinite(gain).all() and (np.real(poles) < 0).all()):
+        raise ValueError(f"the best gain for {plant} does not stabilise it: poles {poles}")
     return np.asarray(gain, dtype=np.float64)
 
 
@@ -312,7 +330,8 @@ def _common(values: tuple[Any, ...], what: str) -> Any:
     return values[0]
 
 
-def _check_state_cost(Q: npt.ArrayLike | None) -> FloatArray:
+def check_state_cost(Q: npt.ArrayLike | None) -> FloatArray:
+    """The state cost as a symmetric, positive semidefinite matrix ``(4, 4)``, or a ValueError; None is the identity."""
     cost = np.eye(4) if Q is None else np.asarray(Q, dtype=np.float64)
     if cost.shape != (4, 4) or not np.all(np.isfinite(cost)):
         raise ValueError(f"Q must be a finite matrix of shape (4, 4), got shape {cost.shape}: {Q!r}")
@@ -324,7 +343,8 @@ def _check_state_cost(Q: npt.ArrayLike | None) -> FloatArray:
     return cost
 
 
-def _check_force_cost(R: npt.ArrayLike | None) -> FloatArray:
+def check_force_cost(R: npt.ArrayLike | None) -> FloatArray:
+    """The force cost as a positive matrix ``(1, 1)``, or a ValueError; None is 1."""
     cost = np.asarray(1.0 if R is None else R, dtype=np.float64)
     if cost.shape not in ((), (1, 1)):
         raise ValueError(f"R must be a number or of shape (1, 1), got shape {cost.shape}")

@@ -203,7 +203,7 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
         shown = sys.stdout.isatty() if progress_bar is None else progress_bar
         with cloning.progress_bar(shown) as bar:
             if length == 1 and self.policy.transformer_config.target_return is None:
-                box = self._requirelabel_space()
+                box = self._require_label_space()
                 data = cloning.box_demonstrations(labeller, box, config.samples, rng, length, form.size)
             else:
                 if self.env is None:
@@ -246,7 +246,7 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
     def _after_pretraining(self) -> None:
         """Hook for what a subclass derives from the pre-trained network."""
 
-    def _requirelabel_space(self) -> spaces.Box:
+    def _require_label_space(self) -> spaces.Box:
         if self.label_space is None:
             raise ValueError("the model knows no label space: construct it with an env, or set model.label_space")
         return self.label_space

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback
-from kbt_rl.agents.files import replacing
+from kbt_rl.files import replacing
 from kbt_rl.inference.posterior import Posterior
 from kbt_rl.models.context import ContextWindow, advance_window, start_window
 from kbt_rl.models.context import with_action as with_remembered

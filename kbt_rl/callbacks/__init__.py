@@ -8,6 +8,7 @@ from kbt_rl.callbacks.adaptation import (
     TowardsPrior,
 )
 from kbt_rl.callbacks.adapters import KalmanAdapter, OnlineAdapter
+from kbt_rl.callbacks.identification import IdentificationCallback
 from kbt_rl.callbacks.queries import Always, QueryRule, Random, VarianceGate
 from kbt_rl.callbacks.streams import (
     IidStream,
@@ -22,6 +23,7 @@ __all__ = [
     "AdaptationStrategy",
     "Always",
     "Forgetting",
+    "IdentificationCallback",
     "IidStream",
     "KalmanAdapter",
     "OnlineAdapter",

@@ -169,12 +169,11 @@ class KalmanAdapter(OnlineAdapter):
     variances are right), ``kalman/nlpd`` (negative log predictive density of a label before it is learned, nats with
     labels in action units, mean over the updates since the last write; of discrete actions the negative log
     probability), ``kalman/smallest_variance`` and ``kalman/repairs`` (of the covariance so far, see
-    ``HeadConfig.dtype``); with a strategy also ``kalman/alarms`` (changes noticed). With
-    continuous actions also ``kalman/coverage_95``: the share of the updates since the last write whose labels were
-    inside the 95 % region that was predicted for them, 0.95 on average if the predictions are calibrated (with
-    ``HeadConfig.robust_dof`` the region of ordinary labels).
-    Where the noise is learned or wild labels are expected, also ``kalman/noise_variance`` (action units squared, mean
-    over the actions) and ``kalman/label_weight``.
+    ``HeadConfig.dtype``). With continuous actions also ``kalman/coverage_95``: the share of the updates since the last
+    write whose labels were inside the 95 % region that was predicted for them, 0.95 on average if the predictions are
+    calibrated (with ``HeadConfig.robust_dof`` the region of ordinary labels). With a strategy also ``kalman/alarms``
+    (changes noticed). Where the noise is learned or wild labels are expected, also ``kalman/noise_variance`` (action
+    units squared, mean over the actions) and ``kalman/label_weight``.
 
     Args:
         *args: See ``OnlineAdapter``.

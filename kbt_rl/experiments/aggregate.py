@@ -13,6 +13,8 @@ from kbt_rl.experiments.tables import KBT, WARM_START, AdaptRow, CorrelatedRow
 Value = Literal["success", "regret"]
 CurveRow = AdaptRow | CorrelatedRow
 RESAMPLES = 2_000
+#: Half the width of a central 95 % interval of a Gaussian, in standard deviations.
+Z95 = 1.959964
 _SEED = 20_240
 _PERCENTILES = (2.5, 97.5)
 

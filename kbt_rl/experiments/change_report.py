@@ -34,7 +34,7 @@ from kbt_rl.experiments.change_setup import (
 )
 from kbt_rl.experiments.config import digest
 from kbt_rl.experiments.figures_change import draw_change
-from kbt_rl.experiments.learners import pretrain
+from kbt_rl.experiments.learners import pretrain, pretrained_path
 from kbt_rl.experiments.plot_style import save, style
 from kbt_rl.experiments.report import text_table
 from kbt_rl.experiments.runner import versions, write_json
@@ -58,7 +58,7 @@ def run(configs: Sequence[ChangeConfig], stationary: tuple[int, Sequence[float]]
 
     def model(seed: int) -> KBT:
         pretraining = PretrainConfig()
-        return pretrain(seed, pretraining, out / "models" / f"pretrained-{seed}-{digest(pretraining)}.zip")
+        return pretrain(seed, pretraining, pretrained_path(seed, pretraining, out / "models"))
 
     for config in configs:
         if not (path := kept / f"shifts-{_name(config)}.csv").exists():

@@ -1,6 +1,6 @@
 """Many copies of one learner, each with an episode and a posterior of its own, stepped side by side.
 
-A rescue is judged over a hundred starts. Each start has its own learner, but all of them are asked, labelled and moved
+A way to learn is judged over many starts. Each start has its own learner, but all of them are asked, labelled and moved
 at the same steps, so that features, actions and dynamics are computed as one batch.
 """
 
@@ -20,8 +20,8 @@ from kbt_rl.envs.plant import InvertedPendulumParams
 from kbt_rl.experiments.config import Method
 from kbt_rl.experiments.ekf import EKFHead
 from kbt_rl.experiments.learners import batch_force, build, features_of, snapshot
-from kbt_rl.experiments.simulation import expert_force
-from kbt_rl.inference.acting import stack_views, view_mean
+from kbt_rl.experiments.simulation import Force, expert_force
+from kbt_rl.inference.acting import ActingView, stack_views, view_mean
 from kbt_rl.inference.head import BayesianHead
 
 FloatArray = npt.NDArray[np.float64]
@@ -30,13 +30,13 @@ FloatArray = npt.NDArray[np.float64]
 class Fleet(Protocol):
     """``n`` learners of one kind."""
 
-    def force(self, states: FloatArray) -> FloatArray:
+    def force(self, states: npt.NDArray[Any]) -> FloatArray:
         """What each does in states of its own, ``(n, 4)`` to ``(n,)`` N or ``(n, m, 4)`` to ``(n, m)``."""
 
-    def learn(self, states: FloatArray, forces: FloatArray) -> None:
+    def learn(self, states: npt.NDArray[Any], forces: FloatArray) -> None:
         """One label each: the expert's forces ``(n,)`` N in the states ``(n, 4)``; NaN where there is none."""
 
-    def uncertainty(self, states: FloatArray) -> FloatArray:
+    def uncertainty(self, states: npt.NDArray[Any]) -> FloatArray:
         """Standard deviation of each mean, ``(n,)`` N, for states ``(n, 4)``; NaN where there is none."""
 
 
@@ -49,9 +49,9 @@ class HeadFleet:
         self._heads = [copy.deepcopy(head) for _ in range(count)]
         self._newton = model.max_force * float(head.target_scale[0])
         self._max_force = model.max_force
-        self._stacked: Any = None
+        self._stacked: ActingView | None = None
 
-    def force(self, states: FloatArray) -> FloatArray:
+    def force(self, states: npt.NDArray[Any]) -> FloatArray:
         """See ``Fleet``."""
         if self._stacked is None:
             self._stacked = stack_views([head.view() for head in self._heads])
@@ -60,7 +60,12 @@ class HeadFleet:
             mean: FloatArray = view_mean(self._stacked, self._heads[0].standardise(features))[..., 0].numpy()
         return mean.reshape(states.shape[:-1]) * self._newton
 
-    def learn(self, states: FloatArray, forces: FloatArray) -> None:
+    def keep(self, count: int) -> None:
+        """Go on with the first ``count`` learners only."""
+        self._heads = self._heads[:count]
+        self._stacked = None
+
+    def learn(self, states: npt.NDArray[Any], forces: FloatArray) -> None:
         """See ``Fleet``."""
         features = features_of(self._policy, np.nan_to_num(states)).numpy()
         labels = np.asarray(forces)[:, None] / self._max_force
@@ -68,7 +73,7 @@ class HeadFleet:
             self._heads[i].update(features[i : i + 1], labels[i : i + 1])
         self._stacked = None
 
-    def uncertainty(self, states: FloatArray) -> FloatArray:
+    def uncertainty(self, states: npt.NDArray[Any]) -> FloatArray:
         """See ``Fleet``."""
         features = features_of(self._policy, states)
         variances = [float(head.predict_logits(row[None]).cov) for head, row in zip(self._heads, features, strict=True)]
@@ -98,16 +103,15 @@ class WarmFleet:
 
     def __init__(self, model: WarmStart, count: int) -> None:
         self._models = [copy.deepcopy(model) for _ in range(count)]
-        self._force: Any = None
+        self._force: Force | None = None
 
-    def force(self, states: FloatArray) -> FloatArray:
+    def force(self, states: npt.NDArray[Any]) -> FloatArray:
         """See ``Fleet``."""
         if self._force is None:
             self._force = batch_force(self._models[0], [snapshot(model) for model in self._models])
-        forces: FloatArray = self._force(states.reshape(len(states), -1, 4))
-        return forces.reshape(states.shape[:-1])
+        return self._force(states.reshape(len(states), -1, 4)).reshape(states.shape[:-1])
 
-    def learn(self, states: FloatArray, forces: FloatArray) -> None:
+    def learn(self, states: npt.NDArray[Any], forces: FloatArray) -> None:
         """See ``Fleet``."""
         rows = np.asarray(states, dtype=np.float32)
         for i in np.flatnonzero(np.isfinite(forces)):
@@ -116,7 +120,7 @@ class WarmFleet:
             if info.trainings:
                 self._force = None
 
-    def uncertainty(self, states: FloatArray) -> FloatArray:
+    def uncertainty(self, states: npt.NDArray[Any]) -> FloatArray:
         """See ``Fleet``."""
         return np.full(len(states), np.nan)
 
@@ -124,22 +128,22 @@ class WarmFleet:
 class HoldLabel:
     """No learning: act with the pre-trained policy until a label comes, then with the newest label."""
 
-    def __init__(self, pretrained: HeadFleet) -> None:
+    def __init__(self, pretrained: Force, count: int) -> None:
         self._pretrained = pretrained
-        self._held: FloatArray | None = None
+        self._held = np.full(count, np.nan)  # NaN until the first label
 
-    def force(self, states: FloatArray) -> FloatArray:
+    def force(self, states: npt.NDArray[Any]) -> FloatArray:
         """See ``Fleet``."""
-        if self._held is None:
-            return self._pretrained.force(states)
-        return np.broadcast_to(self._held.reshape(-1, *[1] * (states.ndim - 2)), states.shape[:-1])
+        held = self._held.reshape(-1, *[1] * (states.ndim - 2))
+        if np.isfinite(held).all():
+            return np.broadcast_to(held, states.shape[:-1])
+        return np.where(np.isfinite(held), held, self._pretrained(states))
 
-    def learn(self, states: FloatArray, forces: FloatArray) -> None:
+    def learn(self, states: npt.NDArray[Any], forces: FloatArray) -> None:
         """See ``Fleet``."""
-        held = np.full(len(forces), np.nan) if self._held is None else self._held
-        self._held = np.where(np.isfinite(forces), forces, held)
+        self._held = np.where(np.isfinite(forces), forces, self._held)
 
-    def uncertainty(self, states: FloatArray) -> FloatArray:
+    def uncertainty(self, states: npt.NDArray[Any]) -> FloatArray:
         """See ``Fleet``."""
         return np.full(len(states), np.nan)
 
@@ -147,18 +151,17 @@ class HoldLabel:
 class Fixed:
     """A policy that does not learn."""
 
-    def __init__(self, force: Any) -> None:
+    def __init__(self, force: Force) -> None:
         self._force = force
 
-    def force(self, states: FloatArray) -> FloatArray:
+    def force(self, states: npt.NDArray[Any]) -> FloatArray:
         """See ``Fleet``."""
-        forces: FloatArray = self._force(states)
-        return forces
+        return self._force(states)
 
-    def learn(self, states: FloatArray, forces: FloatArray) -> None:
+    def learn(self, states: npt.NDArray[Any], forces: FloatArray) -> None:
         """See ``Fleet``."""
 
-    def uncertainty(self, states: FloatArray) -> FloatArray:
+    def uncertainty(self, states: npt.NDArray[Any]) -> FloatArray:
         """See ``Fleet``."""
         return np.full(len(states), np.nan)
 
@@ -170,7 +173,7 @@ def make_fleet(method: Method, pretrained: KBT, count: int, params: InvertedPend
     if method.kind == "pretrained":
         return Fixed(_shared(pretrained))
     if method.kind == "hold":
-        return HoldLabel(HeadFleet(pretrained, count))
+        return HoldLabel(_shared(pretrained), count)
     if method.kind == "ekf":
         settings = Method(method.name, "kbt", method.settings)
         return HeadFleet(_kbt(settings, pretrained), count, ekf=True)
@@ -187,7 +190,7 @@ def _kbt(method: Method, pretrained: KBT) -> KBT:
     return model
 
 
-def _shared(model: KBT) -> Any:
+def _shared(model: KBT) -> Force:
     """The pre-trained policy as one force law for any number of states."""
     force = batch_force(model, [snapshot(model)])
     return lambda states: force(states[None])[0]

@@ -21,7 +21,7 @@ from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.envs.plant import LABEL_BOX, SHIFTED
-from kbt_rl.experiments.config import Method, Trial
+from kbt_rl.experiments.config import Method, Trial, digest
 from kbt_rl.experiments.one_token import StackedTransformers
 from kbt_rl.experiments.printed import PrintedKBT
 from kbt_rl.experiments.simulation import Force, expert_force
@@ -46,6 +46,11 @@ def pretrain(seed: int, config: PretrainConfig, path: Path | None = None) -> KBT
         path.parent.mkdir(parents=True, exist_ok=True)
         model.save(path)
     return model
+
+
+def pretrained_path(seed: int, config: PretrainConfig, models: Path | None) -> Path | None:
+    """Where a policy that ``pretrain`` makes is kept under a folder; nowhere if that is None."""
+    return None if models is None else models / f"pretrained-{seed}-{digest(config)}.zip"
 
 
 def head_config(method: Method) -> HeadConfig | None:

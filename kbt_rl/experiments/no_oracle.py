@@ -19,15 +19,14 @@ import torch
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.identification import SelfTuningLQR
-from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import LQRExpert, lqr_gain
 from kbt_rl.envs.plant import DT, LABEL_BOX, SHIFTED, is_settled, is_upright, rk4_step
 from kbt_rl.experiments.config import KBT_METHOD, PRETRAINING, digest
-from kbt_rl.experiments.learners import NOMINAL_ID, batch_force, build, features_of, pretrain
+from kbt_rl.experiments.fleet import HeadFleet, make_fleet
+from kbt_rl.experiments.learners import NOMINAL_ID, pretrain, pretrained_path
+from kbt_rl.experiments.rescue import label_free_score
 from kbt_rl.experiments.runner import versions, write_json
-from kbt_rl.experiments.simulation import EPISODE_STEPS, simulate, starts
-from kbt_rl.inference.acting import stack_views, view_mean
-from kbt_rl.inference.head import BayesianHead
+from kbt_rl.experiments.simulation import EPISODE_STEPS, starts
 
 FloatArray = npt.NDArray[np.float64]
 Labels = Literal["iid", "visited", "both", "none"]
@@ -111,43 +110,6 @@ class Study(NamedTuple):
     curve: list[CurveRow]
 
 
-class _Learners:
-    """The posteriors of many learners on one frozen encoder."""
-
-    def __init__(self, pretrained: KBT, count: int) -> None:
-        self.model = build(KBT_METHOD, pretrained)
-        assert isinstance(self.model, KBT)
-        source = self.model.policy.head
-        self.heads = []
-        for _ in range(count):
-            head = BayesianHead(source.in_features, source.out_features, source.config)
-            head.load_state_dict(source.state_dict())
-            self.heads.append(head)
-
-    def forces(self, observations: npt.NDArray[np.float32]) -> FloatArray:
-        """Mean force of each learner in its own state, ``(learners,)`` newtons."""
-        features = features_of(self.model.policy, observations).unsqueeze(1)
-        source = self.heads[0]
-        with torch.inference_mode():
-            stacked = stack_views([head.view() for head in self.heads])
-            mean = view_mean(stacked, source.standardise(features)) * source.target_scale
-        forces: FloatArray = mean[:, 0, 0].numpy() * SHIFTED.max_force
-        return forces
-
-    def update(self, index: npt.NDArray[np.intp], states: npt.NDArray[np.float32], labels: FloatArray) -> None:
-        """Teach learner ``index[i]`` the label ``labels[i]`` (1,) in ``states[i]`` (4,)."""
-        features = features_of(self.model.policy, states).numpy()
-        for row, learner in enumerate(index):
-            self.heads[learner].update(features[row : row + 1], labels[row : row + 1])
-
-    def scores(self, initial: FloatArray) -> FloatArray:
-        """Share of successes of each policy alone over the starts ``(tests, 4)``."""
-        shape = (len(self.heads), *initial.shape)
-        force = batch_force(self.model, [head.view() for head in self.heads])
-        score: FloatArray = simulate(force, np.broadcast_to(initial, shape), SHIFTED).success.mean(axis=-1)
-        return score
-
-
 def run_study(config: NoOracleConfig, models: Path | None = None) -> Study:
     """Run one configuration.
 
@@ -156,10 +118,10 @@ def run_study(config: NoOracleConfig, models: Path | None = None) -> Study:
         models: Folder in which pre-trained policies are kept; trained anew if None.
     """
     torch.manual_seed(config.seed)
-    path = None
-    if models is not None:
-        path = models / f"pretrained-{config.pretrain_seed}-{digest(config.pretraining)}.zip"
-    learners = _Learners(pretrain(config.pretrain_seed, config.pretraining, path), config.learners)
+    path = pretrained_path(config.pretrain_seed, config.pretraining, models)
+    pretrained = pretrain(config.pretrain_seed, config.pretraining, path)
+    learners = make_fleet(KBT_METHOD, pretrained, config.learners, SHIFTED)
+    assert isinstance(learners, HeadFleet)
     seed = config.seed + 10_000 * config.pretrain_seed
     rng = np.random.default_rng([seed, 11])
     experts = _experts(config)
@@ -171,12 +133,13 @@ def run_study(config: NoOracleConfig, models: Path | None = None) -> Study:
         first = episode == 1
         if not first:
             experts = experts[: config.continued]
-            learners.heads = learners.heads[: config.continued]
+            learners.keep(config.continued)
         initial = starts(seed + episode, config.learners)[: len(experts)]
         upright, success = _episode(config, learners, experts, initial, rng, curve if first else None)
         stayed = upright if first else stayed
         if episode in config.checkpoints:
-            scores = [None] * len(experts) if config.expert_acts else learners.scores(tests).tolist()
+            fresh = np.broadcast_to(tests, (len(experts), *tests.shape))
+            scores = [None] * len(experts) if config.expert_acts else label_free_score(learners, fresh).tolist()
             outcomes = zip(
                 stayed.tolist(), success.tolist(), scores, _gain_errors(experts).tolist(), experts, strict=False
             )
@@ -196,6 +159,11 @@ def _experts(config: NoOracleConfig) -> list[LQRExpert]:
     return [SelfTuningLQR.for_env(env) for _ in range(config.learners)]
 
 
+def _force(expert: LQRExpert, state: npt.NDArray[np.float32]) -> float:
+    """What the expert would do in a state ``(4,)``, N."""
+    return float(expert.label(state)[0]) * SHIFTED.max_force
+
+
 def _gain_errors(experts: Sequence[LQRExpert]) -> FloatArray:
     """Largest relative error of each gain's entries."""
     gains = np.stack([expert.gain[0] for expert in experts])
@@ -205,7 +173,7 @@ def _gain_errors(experts: Sequence[LQRExpert]) -> FloatArray:
 
 def _episode(
     config: NoOracleConfig,
-    learners: _Learners,
+    learners: HeadFleet,
     experts: Sequence[LQRExpert],
     initial: FloatArray,
     rng: np.random.Generator,
@@ -219,9 +187,9 @@ def _episode(
         if len(alive) == 0:
             break
         observed = state.astype(np.float32)
-        force = learners.forces(observed)
+        force = learners.force(observed)
         if config.expert_acts:
-            force[alive] = [float(experts[i].label(observed[i])[0]) * SHIFTED.max_force for i in alive.tolist()]
+            force[alive] = [_force(experts[i], observed[i]) for i in alive.tolist()]
         if config.dither:
             force = force + config.dither * rng.standard_normal(len(force))
         force = np.clip(force, -SHIFTED.max_force, SHIFTED.max_force)
@@ -244,7 +212,7 @@ def _episode(
 
 def _teach(
     config: NoOracleConfig,
-    learners: _Learners,
+    learners: HeadFleet,
     experts: Sequence[LQRExpert],
     observed: npt.NDArray[np.float32],
     alive: npt.NDArray[np.intp],
@@ -255,12 +223,13 @@ def _teach(
     if config.labels in ("iid", "both"):
         box = np.asarray(LABEL_BOX)
         # Drawn for all learners, so that one that falls does not change the others' states.
-        asked.append(rng.uniform(-box, box, observed.shape).astype(np.float32)[alive])
+        asked.append(rng.uniform(-box, box, observed.shape).astype(np.float32))
     if config.labels in ("visited", "both"):
-        asked.append(observed[alive])
+        asked.append(observed)
     for states in asked:
-        labels = np.stack([experts[i].label(states[row]) for row, i in enumerate(alive.tolist())])
-        learners.update(alive, states, labels)
+        forces = np.full(len(states), np.nan)
+        forces[alive] = [_force(experts[i], states[i]) for i in alive.tolist()]
+        learners.learn(states, forces)
 
 
 # ---------------------------------------------------------------------- the study

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kbt_rl.experiments.aggregate import estimate
+from kbt_rl.experiments.aggregate import Z95, estimate
 from kbt_rl.experiments.no_oracle import EXPERT_ACTS, IDENTIFIED_IID, IDENTIFIED_VISITED, CurveRow, LearnerRow, Study
 from kbt_rl.experiments.plot_style import BLUE, GREEN, INK, VERMILION, legend_below, new_figure, save, style
 from kbt_rl.experiments.tables import write_rows
@@ -81,10 +81,9 @@ def _summary(method: str, episodes: int, group: Sequence[LearnerRow]) -> Summary
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """95 % interval of a share (E. B. Wilson, Probable inference, 1927); it does not collapse at 0 and 1."""
-    z = 1.959964
-    share, weight = successes / trials, z**2 / trials
+    share, weight = successes / trials, Z95**2 / trials
     centre = (share + weight / 2) / (1 + weight)
-    half = z * np.sqrt(share * (1 - share) / trials + weight / trials / 4) / (1 + weight)
+    half = Z95 * np.sqrt(share * (1 - share) / trials + weight / trials / 4) / (1 + weight)
     return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
 
 

@@ -19,10 +19,9 @@ from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.envs.plant import SHIFTED
 from kbt_rl.experiments import learners
-from kbt_rl.experiments.aggregate import estimate
+from kbt_rl.experiments.aggregate import Z95, estimate
 from kbt_rl.experiments.config import FIRST_REPORTED_SEED, KBT_METHOD, NOISE_VARIANCES, PRETRAINING, Method, Trial
 from kbt_rl.experiments.learners import LabelStream, build, features_of
-from kbt_rl.experiments.trials import model_path
 
 FloatArray = npt.NDArray[np.float64]
 Kind = Literal["gaussian", "student_t", "outliers"]
@@ -33,7 +32,6 @@ HELD_OUT = 4_000
 #: Degrees of freedom of the robust heads; not those of the labels.
 ROBUST_DOF = 4.0
 _CURVE_STEP = 20
-_Z95 = 1.959964
 
 LEARNED = {"noise": "learned"}
 #: What each method is told: ``known`` the labels' variance (of the ordinary ones), ``untold`` the package's default.
@@ -158,7 +156,8 @@ def run_noise_trial(trial: NoiseTrial, models: Path | None = None) -> tuple[Nois
         models: Folder in which pre-trained policies are kept; each is trained anew if None.
     """
     plain = Trial("uncertainty", KBT_METHOD, trial.pretrain_seed, trial.stream_seed, pretraining=trial.pretraining)
-    pretrained = learners.pretrain(trial.pretrain_seed, trial.pretraining, model_path(plain, models))
+    path = learners.pretrained_path(trial.pretrain_seed, trial.pretraining, models)
+    pretrained = learners.pretrain(trial.pretrain_seed, trial.pretraining, path)
     told = trial.variance if trial.method in (KNOWN, ROBUST_KNOWN) else 0.0
     learner = build(trial.method, pretrained, told)
     assert isinstance(learner, KBT)
@@ -193,19 +192,25 @@ def noise_unit(learner: KBT) -> float:
     return (float(learner.policy.head.target_scale[0]) * SHIFTED.max_force) ** 2
 
 
-def judge(
-    learner: KBT, states: npt.NDArray[Any], clean: FloatArray, noise: FloatArray
-) -> tuple[float, float, float, float]:
-    """Noise variance believed in (N^2), error of the mean (N), coverage of 95 % intervals, and density of labels."""
+def errors_and_variances(learner: KBT, states: npt.NDArray[Any], clean: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Predicted minus clean force (N) and predictive variance of a label (N^2) in the states ``(n, 4)``, ``(n,)``."""
     newton = SHIFTED.max_force
     prediction = learner.policy.head.predict(features_of(learner.policy, states))
     error = newton * prediction.mean[:, 0].numpy() - clean
     variance = newton**2 * (prediction.epistemic + prediction.aleatoric)[:, 0, 0].numpy()
+    return error, variance
+
+
+def judge(
+    learner: KBT, states: npt.NDArray[Any], clean: FloatArray, noise: FloatArray
+) -> tuple[float, float, float, float]:
+    """Noise variance believed in (N^2), error of the mean (N), coverage of 95 % intervals, and density of labels."""
+    error, variance = errors_and_variances(learner, states, clean)
     white = (noise - error) ** 2 / variance
     return (
         noise_unit(learner) * float(learner.policy.head.noise_cov[0, 0]),
         float(np.sqrt(np.mean(error**2))),
-        float(np.mean(white <= _Z95**2)),
+        float(np.mean(white <= Z95**2)),
         float(np.mean(0.5 * (np.log(2.0 * math.pi * variance) + white))),
     )
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from kbt_rl.experiments.aggregate import CurveEstimate, memory_of, warm_starts
 from kbt_rl.experiments.config import MEMORIES
 from kbt_rl.experiments.tables import EXPERT, FLOOR, KBT, LINEAR, PRETRAINED, PRINTED
+from kbt_rl.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,11 +72,10 @@ def new_figure(height: float, **gridspec: Any) -> tuple[Figure, Any]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the figure beside ``path`` and rename it."""
+    """Write the figure in the format that the ending of ``path`` names; the file is replaced as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside)
-    beside.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
     return path
 
 

@@ -33,10 +33,9 @@ from kbt_rl.envs.plant import SHIFTED, InvertedPendulumParams
 from kbt_rl.experiments import learners
 from kbt_rl.experiments.aggregate import estimate
 from kbt_rl.experiments.change_setup import ChangeConfig, draw_plants, labelled
-from kbt_rl.experiments.config import FIRST_REPORTED_SEED, KBT_METHOD, PRETRAINING, Method, Trial, tuned
+from kbt_rl.experiments.config import FIRST_REPORTED_SEED, PRETRAINING, Method, tuned
 from kbt_rl.experiments.learners import batch_force, build, snapshot
 from kbt_rl.experiments.simulation import expert_force, regret, simulate, starts
-from kbt_rl.experiments.trials import model_path
 from kbt_rl.inference.acting import ActingView
 from kbt_rl.inference.config import HeadConfig
 
@@ -168,8 +167,8 @@ def run_study(config: StudyConfig, models: Path | None = None) -> tuple[list[Pri
         config: What to do.
         models: Folder in which pre-trained policies are kept; each is trained anew if None.
     """
-    plain = Trial("adapt", KBT_METHOD, config.pretrain_seed, 0, pretraining=config.pretraining)
-    pretrained = learners.pretrain(config.pretrain_seed, config.pretraining, model_path(plain, models))
+    path = learners.pretrained_path(config.pretrain_seed, config.pretraining, models)
+    pretrained = learners.pretrain(config.pretrain_seed, config.pretraining, path)
     grid = prior_grid(hidden=config.hidden, last=config.last, rhos=config.rhos)
     streams = [_labels(pretrained, drawn_plant(seed), seed, config.labels, _CHOICE) for seed in config.tuning_seeds]
     choice = choose_prior(pretrained, *streams, candidates=grid)

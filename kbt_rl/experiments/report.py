@@ -1,4 +1,4 @@
-"""What the experiment found as tables, for the terminal and for a README."""
+"""What the experiment found as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -29,16 +29,6 @@ def text_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
     for row in rows:
         table.add_row(*(cell.replace(" [", "\n[") for cell in row))
     return table
-
-
-def markdown_report(tables: Tables) -> str:
-    """The same tables in Markdown."""
-    parts = []
-    for title, header, rows in _all_tables(tables):
-        lines = [f"**{title}**", "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
 
 
 TableText = tuple[str, Sequence[str], list[list[str]]]

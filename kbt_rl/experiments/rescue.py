@@ -140,6 +140,5 @@ def run_rescue(trial: RescueTrial, pretrained: KBT) -> dict[str, Any]:
 
 def label_free_score(fleet: Fleet, initial: FloatArray) -> FloatArray:
     """Success rate of each learner alone, ``(n,)``, from starts of its own, ``(n, m, 4)``."""
-    alone = simulate(lambda states: fleet.force(states.astype(np.float64)), initial, SHIFTED)
-    rate: FloatArray = alone.success.mean(axis=1)
+    rate: FloatArray = simulate(fleet.force, initial, SHIFTED).success.mean(axis=1)
     return rate

@@ -18,8 +18,8 @@ from kbt_rl.agents.kbt import KBT
 from kbt_rl.experiments.aggregate import estimate
 from kbt_rl.experiments.config import PRETRAINING, Method, digest, tuned, warm_start_method
 from kbt_rl.experiments.label_rules import RuleTrial, run_rule
-from kbt_rl.experiments.learners import pretrain
-from kbt_rl.experiments.plot_style import BLUE, INK, ORANGE, VERMILION, legend_below, new_figure, style
+from kbt_rl.experiments.learners import pretrain, pretrained_path
+from kbt_rl.experiments.plot_style import BLUE, INK, ORANGE, VERMILION, legend_below, new_figure, save, style
 from kbt_rl.experiments.report import text_table
 from kbt_rl.experiments.rescue import Labelling, RescueTrial, run_rescue
 from kbt_rl.experiments.runner import versions, write_json
@@ -116,8 +116,8 @@ def run_study(seed: int, quick: bool, out: Path, console: Console) -> None:
             if path.exists():
                 continue
             if trial.pretrain_seed not in models:
-                name = f"pretrained-{trial.pretrain_seed}-{digest(PRETRAINING)}.zip"
-                models[trial.pretrain_seed] = pretrain(trial.pretrain_seed, PRETRAINING, out / "models" / name)
+                kept = pretrained_path(trial.pretrain_seed, PRETRAINING, out / "models")
+                models[trial.pretrain_seed] = pretrain(trial.pretrain_seed, PRETRAINING, kept)
             model = models[trial.pretrain_seed]
             record = run_rescue(trial, model) if isinstance(trial, RescueTrial) else run_rule(trial, model)
             write_json({"trial": asdict(trial), "record": record, "versions": versions()}, path)
@@ -126,8 +126,7 @@ def run_study(seed: int, quick: bool, out: Path, console: Console) -> None:
     write_rows(out / "rescue.csv", rescues)
     write_rows(out / "label_rules.csv", rules)
     with style():
-        figure = draw_rules(rules)
-        figure.savefig(out / "label_rules.png")
+        save(draw_rules(rules), out / "label_rules.png")
     print_rescue(rescues, console)
     console.print(f"tables and figures in {out}")
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from kbt_rl.envs.plant import DT, SHIFTED, is_upright
-from kbt_rl.experiments.config import PRETRAINING, digest, tuned, warm_start_method
+from kbt_rl.experiments.config import PRETRAINING, tuned, warm_start_method
 from kbt_rl.experiments.fleet import make_fleet
-from kbt_rl.experiments.learners import pretrain
+from kbt_rl.experiments.learners import pretrain, pretrained_path
 from kbt_rl.experiments.plot_style import BLUE, INK, VERMILION, style
 from kbt_rl.experiments.rescue import Labelling, RescueTrace, rescue
 from kbt_rl.experiments.rescue_study import NOISE_FREE, PRETRAINED
@@ -30,7 +30,7 @@ _PANE_STRIDE = 2  # every second pixel: three panes side by side are wide enough
 
 def render_rescue(seed: int, labels: int, out: Path) -> Path:
     """Write ``rescue.gif``: pre-trained policy, warm start and KBT from the same start with the same labels."""
-    model = pretrain(seed, PRETRAINING, out / "models" / f"pretrained-{seed}-{digest(PRETRAINING)}.zip")
+    model = pretrain(seed, PRETRAINING, pretrained_path(seed, PRETRAINING, out / "models"))
     initial, labelling = starts(seed, 1), Labelling("iid", labels)
     memory = min(10, labels)
     warm = warm_start_method(memory, tuned()["learning_rate"]["10"])

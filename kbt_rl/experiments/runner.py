@@ -8,7 +8,6 @@ batches on a shared folder.
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -25,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kbt_rl.experiments.config import Trial, batches
 from kbt_rl.experiments.learners import prepare_heads, pretrain
 from kbt_rl.experiments.trials import model_path, run_trials
+from kbt_rl.files import write_text
 
 Result = dict[str, Any]
 
@@ -53,11 +53,8 @@ def _missing(trials: Iterable[Trial], out: Path) -> list[Trial]:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write beside and rename, so that a file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    beside.replace(path)
+    """Write a value as JSON; the file is replaced as a whole."""
+    write_text(path, json.dumps(value, indent=1))
 
 
 def read_results(trials: Iterable[Trial], out: Path) -> list[Result]:

@@ -12,6 +12,7 @@ from typing import Any
 from kbt_rl.experiments.aggregate import success_by_encoder, summary_rows
 from kbt_rl.experiments.tables import Result, Tables, write_rows
 from kbt_rl.experiments.targets import compare_warm_starts, targets
+from kbt_rl.files import write_text
 
 
 def summarise(results: Sequence[Result], tables: Tables, tuning: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -71,12 +72,9 @@ def write_summary(results: Sequence[Result], tables: Tables, out: Path, tuning: 
         write_rows(out / "figure3_summary.csv", rows)
     if compared := compare_warm_starts(tables.figure3):
         write_rows(out / "comparison.csv", compared)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "summary.json"
-    beside = path.with_name(f".{path.name}")
     text = json.dumps(_finite(summarise(results, tables, tuning)), indent=2, allow_nan=False)
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_text(path, text + "\n")
     return path
 
 

@@ -7,10 +7,13 @@ means and intervals are computed from rows where they are shown, by :mod:`kbt_rl
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+
+from kbt_rl.files import write_text
 
 Result = Mapping[str, Any]
 Row = TypeVar("Row", bound=tuple[Any, ...])
@@ -204,14 +207,12 @@ def read_tables(out: Path) -> Tables:
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Write named tuples of one type as CSV, with exact floats; written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(rows[0]._fields)
-        writer.writerows(rows)
-    beside.replace(path)
+    """Write named tuples of one type as CSV, with exact floats; the file is replaced as a whole."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0]._fields)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_rows(path: Path, row: type[Row]) -> list[Row]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.online import OnlineAlgorithm
@@ -21,6 +22,7 @@ from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.experiments.config import Method, Trial
 from kbt_rl.experiments.learners import LabelStream, build
 from kbt_rl.experiments.printed import PrintedKBT
+from kbt_rl.models.context import ContextWindow
 
 # Samples of one turn: the first is slower, since the others have emptied the caches.
 _TURN = 10
@@ -62,21 +64,27 @@ class _Timed:
         return {"update_s": alone, "encoder_s": encoder, "sample_to_posterior_s": alone + encoder}
 
 
+def encode_by_pytorch(policy: TransformerPolicy, context: ContextWindow) -> Tensor:
+    """Features of a context of the state alone by PyTorch's own layers, ``(n, 1, width)``."""
+    transformer = policy.transformer
+    with torch.inference_mode():
+        tokens: Tensor = transformer.embed_state(torch.from_numpy(context.observations) / transformer.observation_scale)
+        for layer in transformer.encoder.layers:
+            tokens = layer(tokens)
+    return tokens
+
+
 class _PyTorchEncoder:
-    """One pass of the encoder by PyTorch's own layers, which others would use, to compare with."""
+    """A pass of the encoder by PyTorch's own layers, which others would use, to compare with."""
 
     def __init__(self, policy: TransformerPolicy) -> None:
         self._policy, self._seconds = policy, list[float]()
 
     def take(self, state: Any, label: Any) -> None:
         """One state; the label is not used."""
-        transformer = self._policy.transformer
         context = self._policy.start(state)
         begin = time.perf_counter()
-        with torch.inference_mode():
-            tokens = transformer.embed_state(torch.from_numpy(context.observations) / transformer.observation_scale)
-            for layer in transformer.encoder.layers:
-                tokens = layer(tokens)
+        encode_by_pytorch(self._policy, context)
         self._seconds.append(time.perf_counter() - begin)
 
     def median(self) -> float:

@@ -15,7 +15,8 @@ from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import Sample
 from kbt_rl.envs.plant import SHIFTED, is_upright, rk4_step
 from kbt_rl.experiments import learners
-from kbt_rl.experiments.config import Trial, digest
+from kbt_rl.experiments.aggregate import Z95
+from kbt_rl.experiments.config import Trial
 from kbt_rl.experiments.learners import LabelStream, build
 from kbt_rl.experiments.printed import PrintedKBT
 from kbt_rl.experiments.retraining import WaitingWarmStart, train_together
@@ -64,7 +65,7 @@ def _pretrained(trial: Trial, models: Path | None) -> KBT:
 
 def model_path(trial: Trial, models: Path | None) -> Path | None:
     """Where the pre-trained policy of a trial is kept."""
-    return None if models is None else models / f"pretrained-{trial.pretrain_seed}-{digest(trial.pretraining)}.zip"
+    return learners.pretrained_path(trial.pretrain_seed, trial.pretraining, models)
 
 
 def _evaluate(force: Force, trial: Trial, policies: int) -> Record:
@@ -232,7 +233,7 @@ def _uncertainty(trial: Trial, pretrained: KBT) -> Record:
     prediction = head.predict(learners.features_of(learner.policy, held_out))
     mean = newton * prediction.mean[:, 0].numpy()
     spread = prediction.epistemic[:, 0, 0] + (0.0 if replacing else prediction.aleatoric[:, 0, 0])
-    half_width = 1.959964 * newton * spread.sqrt().numpy()
+    half_width = Z95 * newton * spread.sqrt().numpy()
     clean = expert_force(SHIFTED)(held_out)
     window = min(_MOVING_AVERAGE, trial.samples)
     smooth = np.convolve(variance, np.full(window, 1.0 / window), mode="valid")

@@ -26,9 +26,9 @@ from kbt_rl.experiments import learners
 from kbt_rl.experiments.aggregate import estimate
 from kbt_rl.experiments.config import FIRST_REPORTED_SEED, KBT_METHOD, PRETRAINING, Method, Trial
 from kbt_rl.experiments.learners import LabelStream, batch_force, build, features_of, snapshot
-from kbt_rl.experiments.noise import noise_unit
+from kbt_rl.experiments.noise import errors_and_variances, noise_unit
 from kbt_rl.experiments.simulation import expert_force, simulate, starts
-from kbt_rl.experiments.trials import VisitedStates, model_path
+from kbt_rl.experiments.trials import VisitedStates
 from kbt_rl.inference.density import LOG_TWO_PI
 from kbt_rl.inference.record import UpdateInfo
 
@@ -157,7 +157,8 @@ def run_trust_trial(trial: TrustTrial, models: Path | None = None) -> TrustRow:
         noise_variance=trial.variance,
         pretraining=trial.pretraining,
     )
-    pretrained = learners.pretrain(trial.pretrain_seed, trial.pretraining, model_path(plain, models))
+    path = learners.pretrained_path(trial.pretrain_seed, trial.pretraining, models)
+    pretrained = learners.pretrain(trial.pretrain_seed, trial.pretraining, path)
     learner, stream = _learner(trial, pretrained), LabelStream(plain)
     records = [] if trial.structure == NO_LEARNING else _learn(trial, learner, stream)
     states = held_out_states(trial, learner)
@@ -230,10 +231,7 @@ def judge(
         noise: Of the labels, N.
         variance: What the noise was drawn with, N^2.
     """
-    newton = SHIFTED.max_force
-    prediction = learner.policy.head.predict(features_of(learner.policy, states))
-    error = newton * prediction.mean[:, 0].numpy() - clean
-    predictive = newton**2 * (prediction.epistemic + prediction.aleatoric)[:, 0, 0].numpy()
+    error, predictive = errors_and_variances(learner, states, clean)
     square = (noise - error) ** 2 / predictive
     covered = [float(np.mean(square <= quantile)) for quantile in _QUANTILES]
     nlpd = 0.5 * float(np.mean(square + np.log(predictive)) + LOG_TWO_PI)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from rich.progress import Progress
 from kbt_rl.envs.inverted_pendulum import check_start
 from kbt_rl.envs.plant import DT, InvertedPendulumParams, is_upright, rk4_step
 from kbt_rl.experiments.simulation import Force
+from kbt_rl.files import replacing
 
 Frame = npt.NDArray[np.uint8]
 #: The physics runs at 50 Hz; half of that looks smooth, and many viewers show no gif faster.
@@ -32,7 +33,7 @@ def render_policies(
 ) -> Path:
     """Drive the plant with each policy from the same start and write the pictures to one file.
 
-    The file is written beside and renamed, so an interrupted call leaves what was there.
+    The file is replaced as a whole, so an interrupted call leaves what was there.
 
     Args:
         policies: By name, force in N for a state ``(4,)``; called once a step, in order, until the pole falls.
@@ -60,7 +61,7 @@ def render_policies(
 
 
 def write_video(frames: Iterator[Frame], path: Path, frame_seconds: float, colourful: Frame | None = None) -> Path:
-    """Write pictures as a gif or mp4, by the ending; beside and renamed.
+    """Write pictures as a gif or mp4, by the ending; the file is replaced as a whole.
 
     Args:
         frames: ``(H, W, 3)`` each.
@@ -73,15 +74,11 @@ def write_video(frames: Iterator[Frame], path: Path, frame_seconds: float, colou
         ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
+    with replacing(path) as file:
         if path.suffix == ".gif":
-            _write_gif(frames, beside, frame_seconds, colourful)
+            _write_gif(frames, file, frame_seconds, colourful)
         else:
-            _write_mp4(frames, beside, frame_seconds)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+            _write_mp4(frames, file, frame_seconds)
     return path
 
 
@@ -132,7 +129,7 @@ def _side_by_side(panes: list[Frame]) -> Frame:
     return np.concatenate(panes, axis=1)
 
 
-def _write_gif(frames: Iterator[Frame], path: Path, frame_seconds: float, colourful: Frame | None) -> None:
+def _write_gif(frames: Iterator[Frame], file: BinaryIO, frame_seconds: float, colourful: Frame | None) -> None:
     """By Pillow; an octree finds the colours of each frame in a quarter of the time and for half of the size."""
     from PIL import Image
 
@@ -147,12 +144,12 @@ def _write_gif(frames: Iterator[Frame], path: Path, frame_seconds: float, colour
 
     images = map(few_colors, frames)
     first = next(images)
-    first.save(path, save_all=True, append_images=images, duration=round(1e3 * frame_seconds), loop=0)
+    first.save(file, "GIF", save_all=True, append_images=images, duration=round(1e3 * frame_seconds), loop=0)
 
 
-def _write_mp4(frames: Iterator[Frame], path: Path, frame_seconds: float) -> None:
+def _write_mp4(frames: Iterator[Frame], file: BinaryIO, frame_seconds: float) -> None:
     imageio = _need("imageio.v2")
     _need("imageio_ffmpeg")
-    with imageio.get_writer(path, fps=1.0 / frame_seconds) as writer:
+    with imageio.get_writer(file, format=".mp4", fps=1.0 / frame_seconds) as writer:
         for frame in frames:
             writer.append_data(frame)

@@ -22,7 +22,7 @@ from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.history import Record, Undo
 from kbt_rl.inference.moments import Gaussian, softmax_moments
 from kbt_rl.inference.noise import NoiseEstimate
-from kbt_rl.inference.output import Link
+from kbt_rl.inference.output import Link, are_distributions
 from kbt_rl.inference.posterior import Posterior
 from kbt_rl.inference.record import LARGEST, Increment, UpdateInfo, merge
 from kbt_rl.inference.rows import row_step
@@ -33,8 +33,6 @@ Array = npt.NDArray[Any]
 Published = tuple[tuple[HeadState, int], ActingView, compiled.RowActor | None]
 # Rows that act one by one in machine code; more of them share a matrix product.
 _FEW_ROWS = 16
-# How far the sum of a target distribution, often float32, may be from 1.
-_SUM_TOLERANCE = 1e-5
 
 
 class Prediction(NamedTuple):
@@ -342,9 +340,7 @@ class BayesianHead(Posterior):
                 f"features or target reach {largest:.3g} in the head's own units, and products of such numbers leave "
                 "float64; the posterior is unchanged. Check features and target for huge values."
             )
-        if self.rule.link == "softmax" and not (
-            float(target.min()) >= 0.0 and float(abs(target.sum(-1) - 1.0).max()) < _SUM_TOLERANCE
-        ):
+        if self.rule.link == "softmax" and not are_distributions(target).all():
             raise ValueError("with the softmax link each target row is one-hot or a distribution: >= 0, sum 1")
         return features, target
 

@@ -17,7 +17,7 @@ rows count as independent, and the spread of the logits is left out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.moments import Gaussian, softmax_jacobian
 
 Link = Literal["identity", "softmax"]
+# How far the sum of a target distribution, often float32, may be from 1.
+_SUM_TOLERANCE = 1e-5
+
+
+def are_distributions(targets: Any) -> Any:
+    """Whether each row of targets ``(B, o)``, an array or a tensor, may be one of the softmax link: >= 0, sum 1."""
+    return (targets >= 0.0).all(-1) & (abs(targets.sum(-1) - 1.0) < _SUM_TOLERANCE)
 
 
 class Conditioning(NamedTuple):

@@ -60,6 +60,13 @@ def replacing(path: str | Path) -> Iterator[io.BufferedRandom]:
         file.close()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole, in UTF-8; a folder that is missing is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def _open_locked(beside: Path) -> io.BufferedRandom:
     """The file, empty and locked until it is closed, which a killed process's files are at once."""
     while True:
