@@ -49,7 +49,7 @@ class Reproduce:
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Processes; one thread each."""
     seed: int = 1000
-    """First stream and pre-training seed. Seeds below 1000 were used for tuning."""
+    """First stream and pre-training seed. Seeds below 100 were used for tuning."""
 
     def run(self, console: Console) -> None:
         """See the class."""
@@ -76,7 +76,7 @@ class Tune:
     """Folder of the trials."""
     target: Path = Path("results/tuned.json")
     """File of the best settings and all scores."""
-    streams: int = 3
+    streams: int = 2
     """Streams for each policy."""
     policies: int = 2
     """Pre-trained policies."""

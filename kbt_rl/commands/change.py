@@ -21,7 +21,7 @@ class Change:
     out: Path = Path("results/change")
     """Folder of the results."""
     seed: int = 1000
-    """First stream and pre-training seed. Seeds below 1000 were used for tuning."""
+    """First stream and pre-training seed. Seeds below 100 were used for tuning."""
     streams: int = 5
     """Streams for each policy."""
     policies: int = 2

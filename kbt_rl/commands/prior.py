@@ -26,7 +26,7 @@ class Prior:
     quick: bool = False
     """One policy, two plants and few candidates, for a look."""
     seed: int = 1000
-    """First plant, stream and pre-training seed of the judgement. Seeds below 1000 were used for tuning."""
+    """First plant, stream and pre-training seed of the judgement. Seeds below 100 were used for tuning."""
 
     def run(self, console: Console) -> None:
         """See the class."""

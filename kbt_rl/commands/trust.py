@@ -26,7 +26,7 @@ class Trust:
     quick: bool = False
     """One stream, one variance and 200 labels, for a look."""
     seed: int = 1000
-    """First stream and pre-training seed. Seeds below 1000 were used for tuning."""
+    """First stream and pre-training seed. Seeds below 100 were used for tuning."""
 
     def run(self, console: Console) -> None:
         """See the class."""

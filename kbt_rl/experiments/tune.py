@@ -1,6 +1,6 @@
 """The baselines at their best: learning rates of warm start and epsilon of the printed method, on seeds of their own.
 
-Tuning uses stream and pre-training seeds below 1000; reported figures use seeds from 1000 up.
+Tuning uses stream and pre-training seeds below 100; reported figures use seeds from 1000 up.
 """
 
 from __future__ import annotations
