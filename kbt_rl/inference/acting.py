@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kbt_rl.inference.moments import relu_mean, relu_slope
+from kbt_rl.inference.moments import relu_mean
 from kbt_rl.inference.smoother import augment
 from kbt_rl.inference.state import HeadState
 from kbt_rl.inference.structures import LAYERWISE
@@ -102,19 +102,19 @@ def view_mean(view: ActingView, features: Tensor) -> Tensor:
     hidden_mean = inputs @ view.weights[0].mT
     if view.hidden_form is None:
         return hidden_mean
-    p, q = _pairs(inputs.shape[-1])
     # A matrix product instead of a quadratic form a unit; rounding may leave a variance of 0 a little below.
-    variance = ((inputs[..., p] * inputs[..., q]) @ view.hidden_form).clamp_min(0.0)  # (..., N, n)
+    variance = (_products(inputs) @ view.hidden_form).clamp_min(0.0)  # (..., N, n)
     if view.feature_part is not None:
         variance = variance + view.feature_part.unsqueeze(-2)
-    mean = augment(relu_mean(hidden_mean, variance)) @ view.weights[1].mT
+    activation, slope = relu_mean(hidden_mean, variance)
+    mean = augment(activation) @ view.weights[1].mT
     if view.coupling is not None:
         # E w z = E w E z + Cov(w, z), and Cov(w, z_l) = Cov(w, u_l) Phi(a_l) by Stein's lemma.
-        mean = mean + _coupled(view.coupling, inputs, hidden_mean, variance)
+        cross = inputs.unsqueeze(-3) @ view.coupling.mT  # Cov(w2_jl, u_l), (..., o, N, n)
+        mean = mean + (cross * slope.unsqueeze(-3)).sum(-1).mT
     return mean
 
 
-def _coupled(coupling: Tensor, inputs: Tensor, hidden_mean: Tensor, variance: Tensor) -> Tensor:
-    """``sum_l Cov(w2_jl, z_l)`` for each row and output, ``(..., N, o)``."""
-    cross = inputs.unsqueeze(-3) @ coupling.mT  # Cov(w2_jl, u_l), (..., o, N, n)
-    return (cross * relu_slope(hidden_mean, variance).unsqueeze(-3)).sum(-1).mT
+def _products(inputs: Tensor) -> Tensor:
+    """``z_p z_q`` with ``p <= q`` in the order of ``_pairs``, ``(..., k (k+1) / 2)``; slices, as indices are slow."""
+    return torch.cat([inputs[..., p : p + 1] * inputs[..., p:] for p in range(inputs.shape[-1])], dim=-1)

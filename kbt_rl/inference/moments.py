@@ -117,15 +117,11 @@ def relu_moments(inputs: Gaussian, order: int = 2) -> ActivationMoments:
     return ActivationMoments(Gaussian(torch.addcmul(mean * upper, sd, density), out_cov), upper)
 
 
-def relu_mean(mean: Tensor, variance: Tensor) -> Tensor:
-    """Mean of ``max(0, u)`` alone, Eq. (22), for elementwise ``mean`` and ``variance`` of equal shape."""
+def relu_mean(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of ``max(0, u)``, Eq. (22), and ``E relu'(u) = Phi(mean / sd)``, elementwise for equal shapes."""
     sd, ratio = _standardise(mean, variance)
-    return torch.addcmul(mean * gaussian_cdf(ratio), sd, gaussian_pdf(ratio))
-
-
-def relu_slope(mean: Tensor, variance: Tensor) -> Tensor:
-    """``E relu'(u) = Phi(mean / sd)`` alone, for elementwise ``mean`` and ``variance`` of equal shape."""
-    return gaussian_cdf(_standardise(mean, variance)[1])
+    slope = gaussian_cdf(ratio)
+    return torch.addcmul(mean * slope, sd, gaussian_pdf(ratio)), slope
 
 
 def _standardise(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbt_rl.inference.moments import relu_mean, relu_slope
+from kbt_rl.inference.moments import relu_mean
 from kbt_rl.inference.smoother import augment
 from kbt_rl.inference.state import HeadState
 from kbt_rl.inference.structures import LAYERWISE
@@ -66,8 +66,9 @@ def jacobian(state: HeadState, features: Tensor) -> Tensor:
     structure = "layer" if state.spec.structure == "joint" else state.spec.structure
     blocks = LAYERWISE[structure].neuron_blocks(state.cov[0], state.spec.shapes[0]).to(inputs.dtype)
     mean, variance = inputs @ first.mT, torch.einsum("bp,jpq,bq->bj", inputs, blocks, inputs).clamp_min(0.0)
-    hidden = torch.einsum("oj,bj,bp->jpbo", last[:, :-1], relu_slope(mean, variance), inputs)
-    above = torch.einsum("bp,jo->jpbo", augment(relu_mean(mean, variance)), eye)
+    activation, slope = relu_mean(mean, variance)
+    hidden = torch.einsum("oj,bj,bp->jpbo", last[:, :-1], slope, inputs)
+    above = torch.einsum("bp,jo->jpbo", augment(activation), eye)
     return torch.cat([part.reshape(-1, rows * outputs) for part in (hidden, above)])
 
 
