@@ -8,6 +8,8 @@ same stream: for one layer exact Bayesian regression in information form, or for
 two layers the same recursion, with the normal distribution function evaluated in float64.
 
     python benchmarks/long_run.py --updates 1000000 --out long_run.json
+
+writes the records and, beside them, a page with the table of them (``long_run.md``).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +217,30 @@ def run(structure: str, layers: int, stream: str, updates: int, seed: int = 1000
     return records
 
 
+def page(records: Sequence[dict[str, Any]]) -> str:
+    """The records as a page in Markdown."""
+    updates = {record["updates"] for record in records}
+    heads = (
+        "structure", "layers", "features", "dtype", "smallest eigenvalue", "of the correlations", "variances grown",
+        "refused", "repairs", "error of the mean", "of the covariance", "of the deviations",
+    )  # fmt: skip
+    lines = [
+        "# Long streams", "",
+        f"{' or '.join(f'{count:,}' for count in sorted(updates))} updates of each posterior against a reference in "
+        "extended precision (`benchmarks/long_run.py`). Errors are relative to the reference's largest entry, those of "
+        "the deviations to each weight's own.", "",
+        "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads),
+    ]  # fmt: skip
+    errors = ("mean_error", "cov_error", "deviation_error")
+    for record in records:
+        named = [record[name] for name in ("structure", "layers", "stream", "dtype")]
+        eigenvalues = [f"{record[f'smallest_{name}']:.2g}" for name in ("eigenvalue", "correlation_eigenvalue")]
+        counts = [f"{record[name]:,}" for name in ("variances_grown", "refused", "repairs")]
+        measured = [f"{record[name]:.1e}" for name in errors]
+        lines.append("| " + " | ".join(map(str, (*named, *eigenvalues, *counts, *measured))) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=1_000_000)
@@ -228,6 +255,7 @@ def main() -> None:
                     print(record, flush=True)
                     records.append(record)
                 options.out.write_text(json.dumps(records, indent=1), encoding="utf-8")
+                options.out.with_suffix(".md").write_text(page(records), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,11 @@ def check(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_two_thousand_updates(structure: str, layers: int, stream: str) -> None:
-    for record in long_run.run(structure, layers, stream, 2_000):
+    records = long_run.run(structure, layers, stream, 2_000)
+    for record in records:
         check(record)
+    row = long_run.page(records).splitlines()[-1]
+    assert row.startswith(f"| {structure} | {layers} | {stream} | float32 | {records[-1]['smallest_eigenvalue']:.2g} |")
 
 
 @pytest.mark.nightly
