@@ -94,6 +94,20 @@ def test_they_learn_as_separate_heads(structure: str, layers: int, rule: Any, th
     assert_same(batch, heads)
 
 
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(("hidden", "last"), [(30.0, 50.0), (1e-12, 3.0), (1e6, 1e-6)])
+def test_the_record_tells_the_smallest_variance(structure: str, hidden: float, last: float) -> None:
+    """Of whatever size, and whichever layer it is in."""
+    batch, heads = batch_of(HeadConfig(structure=structure, hidden_variance=hidden, last_variance=last))
+    features, target = randn(HEADS, FEATURES, seed=1), randn(HEADS, 1, seed=2)
+    info = batch.update(features, target)
+    for index, head in enumerate(heads):
+        head.update(features[index : index + 1], target[index : index + 1])
+    smallest = [float(head.state.variances().min()) for head in heads]
+    np.testing.assert_allclose(info.smallest_variance, smallest, rtol=1e-9)
+
+
 KINDS = pytest.mark.parametrize(
     ("config", "outputs"),
     [

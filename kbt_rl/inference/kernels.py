@@ -34,6 +34,7 @@ _FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
 
 # For ``_exp``: a number to which a float can be added only in whole units, and ln 2 as a short number and the rest.
 _LOG2_E, _SHIFT = 1.0 / math.log(2.0), 1.5 * 2.0**52
+_INFINITY_BITS = 0x7FF0000000000000
 _LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 
 # As ``record.LARGEST``: what is beyond goes the general way, which refuses it.
@@ -859,6 +860,24 @@ def _step(
     return record, sign
 
 
+@_inlined
+def _moved(cross: Array, variances: Array, change: float, root: float, kept: float) -> tuple[float, float]:
+    """The sum of the covariances with the output, and the smallest variance after the step, see ``weight_step``.
+
+    On the way covariances that ``_normal`` would drop become 0. A variance that is not finite has a covariance that is
+    not, so that the sum tells.
+    """
+    step, smallest = 0.0, np.int64(_INFINITY_BITS)
+    for i in range(cross.size):
+        move = 0.0 if abs(root * cross[i]) <= _SMALLEST_MOVE else cross[i]
+        cross[i] = move
+        step += move
+        # See ``_smallest``.
+        bits = np.float64(kept * variances[i] + change * move * move).view(np.int64)
+        smallest = bits if bits < smallest else smallest
+    return step, np.int64(smallest).view(np.float64)
+
+
 @_compiled_nogil
 def learn_neurons(
     means: Array, firsts: Array, lasts: Array, shapes: Shapes, centres: Array, scales: Array, labels_seen: Array,
@@ -895,7 +914,7 @@ def learn_neurons(
             logit = total = 0.0
             for p in range(k):
                 logit += below[j, p] * inputs[p]
-                total += (own[j, p] if firsts.ndim == 4 else first[j, p] * inputs[p]) * inputs[p]
+                total += own[j, p] * inputs[p] if firsts.ndim == 4 else first[j, p] * (inputs[p] * inputs[p])
             activation[j], spread[j] = logit, total
         for j in range(n):
             activation[j], spread[j], gate[j], _ = _relu_unit(activation[j], spread[j])
@@ -903,11 +922,12 @@ def learn_neurons(
             _project_neurons(last, activation, own_above, variances_above)
         else:
             for j in range(n + 1):
-                own_above[0, j], variances_above[0, j] = last[0, j] * activation[j], last[0, j]
+                own_above[0, j] = last[0, j] * activation[j]
         out_mean, variance = above[n], own_above[0, n]
         for j in range(n):
             out_mean += above[j] * activation[j]
-            variance += own_above[0, j] * activation[j] + spread[j] * (above[j] * above[j] + variances_above[0, j])
+            last_variance = last[0, j, j] if firsts.ndim == 4 else last[0, j]
+            variance += own_above[0, j] * activation[j] + spread[j] * (above[j] * above[j] + last_variance)
             gate[j] *= above[j]
         for j in range(n):
             factor = gate[j]
@@ -916,23 +936,22 @@ def learn_neurons(
                     own[j, p] *= factor
                 else:
                     own[j, p] = factor * (first[j, p] * inputs[p])
-                    own_variances[j, p] = first[j, p]
 
         label, noise = labels[h], noises[h]
         inverted = variance if replacing else variance + noise
         change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
         gain, root = (label - out_mean) / inverted, math.sqrt(abs(change))
         done = inverted > 0.0 and variance <= _LARGEST * _LARGEST and abs(label) <= _LARGEST
-        if done and least > 0.0:
-            done = _resolved(mean, (first, last), first, shapes, inputs, cross, variances, least)
-        step = 0.0
-        for i in range(weights):
-            move = cross[i] if abs(root * cross[i]) > _SMALLEST_MOVE else 0.0  # see ``_normal``
-            variances[i] = kept * variances[i] + change * move * move
-            cross[i] = move
-            step += move
+        if firsts.ndim == 4:
+            if done and least > 0.0:  # ``diagonal`` has nothing to repair
+                done = _resolved(mean, (first, last), first, shapes, inputs, cross, variances, least)
+            step, smallest = _moved(cross, variances, change, root, kept)
+        else:
+            step, smallest = _moved(cross[:hidden], flat_firsts[h], change, root, kept)
+            step_above, smallest_above = _moved(cross[hidden:], last[0], change, root, kept)
+            step, smallest = step + step_above, min(smallest, smallest_above)
         step *= gain
-        smallest, total = _smallest(variances), step + gain * gain + variance
+        total = step + gain * gain + variance
         done = done and smallest >= 0.0 and total - total == 0.0 and abs(step) <= _LARGEST
         records[r, 0], records[r, 1], records[r, 2], records[r, 3] = out_mean, variance, smallest, 1.0 if done else 0.0
         if plan.size > 0:
