@@ -272,6 +272,22 @@ def test_who_refuses_stays_and_tells_why(structure: str, layers: int) -> None:
     assert info.merged().labels == 1
 
 
+@MACHINE_CODE
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_step_that_would_leave_an_infinite_variance_is_refused(structure: str) -> None:
+    """The rule ``replace`` divides by the square of a variance, here 1e-320, while the mean hardly moves."""
+    batch = HeadBatch(BayesianHead(FEATURES, 1, HeadConfig(structure=structure, rule="replace")) for _ in range(HEADS))
+    for head in batch:
+        head.set_noise(0.1)
+        for block in head._cov():
+            block.mul_(1e-160)
+    features = randn(HEADS, FEATURES, seed=1)
+    target, before = batch(features), [bits(head) for head in batch]
+    info = batch.update(features, target)
+    assert info.refused.keys() == set(range(HEADS))
+    assert [bits(head) for head in batch] == before
+
+
 @pytest.mark.usefixtures("_way")
 def test_together_one_refusal_stops_all() -> None:
     batch, _ = batch_of(HeadConfig(structure="neuron"))

@@ -492,7 +492,7 @@ def _sum(values: Array) -> float:
 
 @_compiled
 def _smallest(values: Array) -> float:
-    """The smallest entry, or a negative one if there is any; NaN if there is one."""
+    """The smallest entry, or a negative one if there is any; NaN if there is one or infinity."""
     bits = values.view(np.int64)
     smallest, total = bits[0], 0.0
     for i in range(values.size):
@@ -500,7 +500,7 @@ def _smallest(values: Array) -> float:
         # and what may be done with the minimum of integers on several at a time, NaN forbids for that of floats.
         smallest = bits[i] if bits[i] < smallest else smallest
         total += values[i]
-    found: float = np.int64(smallest).view(np.float64) if total == total else total
+    found: float = np.int64(smallest).view(np.float64) if total - total == 0.0 else total - total
     return found
 
 
@@ -864,10 +864,9 @@ def _step(
 def _moved(cross: Array, variances: Array, change: float, root: float, kept: float) -> tuple[float, float]:
     """The sum of the covariances with the output, and the smallest variance after the step, see ``weight_step``.
 
-    On the way covariances that ``_normal`` would drop become 0. A variance that is not finite has a covariance that is
-    not, so that the sum tells.
+    On the way covariances that ``_normal`` would drop become 0. The sum is NaN if a variance is NaN or infinite.
     """
-    step, smallest = 0.0, np.int64(_INFINITY_BITS)
+    step, smallest, largest = 0.0, np.int64(_INFINITY_BITS), np.int64(0)
     for i in range(cross.size):
         move = 0.0 if abs(root * cross[i]) <= _SMALLEST_MOVE else cross[i]
         cross[i] = move
@@ -875,7 +874,8 @@ def _moved(cross: Array, variances: Array, change: float, root: float, kept: flo
         # See ``_smallest``.
         bits = np.float64(kept * variances[i] + change * move * move).view(np.int64)
         smallest = bits if bits < smallest else smallest
-    return step, np.int64(smallest).view(np.float64)
+        largest = bits if bits > largest else largest
+    return step if largest < _INFINITY_BITS else np.nan, np.int64(smallest).view(np.float64)
 
 
 @_compiled_nogil
