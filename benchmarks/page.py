@@ -134,12 +134,27 @@ def _blocks(compared: Sequence[BlockRow]) -> list[str]:
 
 def _throughput(rows: Sequence[Row]) -> list[str]:
     """Microseconds a head, and how many times the loop's throughput one call has."""
-    taken = {(row.structure, row.rows, "loop" in row.name, row.threads): row.median_us / row.rows for row in rows}
+
+    def key(row: Row) -> tuple[str, int, int, int]:
+        return row.structure, row.features, row.width, row.rows
+
+    taken = {(*key(row), "loop" in row.name, row.threads): row.median_us / row.rows for row in rows}
     body = []
-    for structure, count in dict.fromkeys((row.structure, row.rows) for row in rows):
-        loop, one, two = (taken[(structure, count, *way)] for way in ((True, 1), (False, 1), (False, 2)))
-        body.append((structure, count, *map(_number, (loop, one, two, loop / one, loop / two))))
-    heads = ("structure", "heads", "loop, us a head", "one call", "two threads", "times the loop", "two threads")
+    for kind in dict.fromkeys(map(key, rows)):
+        loop, one, two = (taken[(*kind, *way)] for way in ((True, 1), (False, 1), (False, 2)))
+        structure, features, width, count = kind
+        sizes = structure, f"{features}-{width}-1", count
+        body.append((*sizes, *map(_number, (loop, one, two, loop / one, loop / two))))
+    heads = (
+        "structure",
+        "head",
+        "heads",
+        "loop, us a head",
+        "one call",
+        "two threads",
+        "times the loop",
+        "two threads",
+    )
     return _table(heads, body)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ _WIDEST_JOINT = 222  # 3,997 weights
 # A head is there in the loop, in the batch, and once more while the batch stacks it.
 _COPIES, _MOST_BYTES = 3, 2 * 10**9
 INDEPENDENT = "independent heads"
+# Inputs and width of the heads, and how many: the paper's, and one so small that its memory does not count.
+_FLEETS = ((16, 32, (1, 4, 16, 64, 256, 1024, 4096)), (4, 8, (64, 1024)))
 
 
 class Row(NamedTuple):
@@ -187,10 +190,10 @@ def sweeps(seconds: float, largest: int) -> list[Row]:
 def independent_heads(seconds: float, largest: int) -> list[Row]:
     """Heads that each learn from a row of their own: a loop over them, and one call on one thread and on two."""
     found: list[Row] = []
-    for structure in STRUCTURES:
-        head = head_of(structure)
+    for structure, (features, width, counts) in itertools.product(STRUCTURES, _FLEETS):
+        head = head_of(structure, features, width)
         stored = 8 * sum(block.numel() for block in head.state.cov)
-        for count in (1, 4, 16, 64, 256, 1024, 4096):
+        for count in counts:
             if count > largest or count * stored * _COPIES > _MOST_BYTES:
                 break
             calls = _fleet(head, count)
@@ -198,7 +201,8 @@ def independent_heads(seconds: float, largest: int) -> list[Row]:
             work = update_work(structure, tuple((shape.n, shape.k) for shape in head.state.spec.shapes))
             limit = 1e6 * count * work.seconds(limits(count * work.stored_bytes))
             for name, threads in (("loop", 1), ("one call", 1), ("one call", 2)):
-                row = _row(INDEPENDENT, f"{structure}, {count}, {name}", timings[f"{name}, {threads}"], head)
+                of = f"{structure}, {features}-{width}-1, {count}, {name}"
+                row = _row(INDEPENDENT, of, timings[f"{name}, {threads}"], head)
                 found.append(row._replace(rows=count, limit_us=limit / threads, threads=threads))
     return found
 
@@ -206,7 +210,7 @@ def independent_heads(seconds: float, largest: int) -> list[Row]:
 def _fleet(head: BayesianHead, count: int) -> dict[str, Callable[[], Any]]:
     loop, batch = [copy.deepcopy(head) for _ in range(count)], HeadBatch(copy.deepcopy(head) for _ in range(count))
     rng, turn = np.random.default_rng(0), iter(range(10**9))
-    features, labels = rng.standard_normal((16, count, 16)), rng.standard_normal((16, count, 1))
+    features, labels = rng.standard_normal((16, count, head.in_features)), rng.standard_normal((16, count, 1))
 
     def one_by_one() -> None:
         i = next(turn) % 16

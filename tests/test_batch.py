@@ -94,6 +94,20 @@ def test_they_learn_as_separate_heads(structure: str, layers: int, rule: Any, th
     assert_same(batch, heads)
 
 
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(("hidden", "last"), [(30.0, 50.0), (1e-12, 3.0), (1e6, 1e-6)])
+def test_the_record_tells_the_smallest_variance(structure: str, hidden: float, last: float) -> None:
+    """Of whatever size, and whichever layer it is in."""
+    batch, heads = batch_of(HeadConfig(structure=structure, hidden_variance=hidden, last_variance=last))
+    features, target = randn(HEADS, FEATURES, seed=1), randn(HEADS, 1, seed=2)
+    info = batch.update(features, target)
+    for index, head in enumerate(heads):
+        head.update(features[index : index + 1], target[index : index + 1])
+    smallest = [float(head.state.variances().min()) for head in heads]
+    np.testing.assert_allclose(info.smallest_variance, smallest, rtol=1e-9)
+
+
 KINDS = pytest.mark.parametrize(
     ("config", "outputs"),
     [
@@ -256,6 +270,22 @@ def test_who_refuses_stays_and_tells_why(structure: str, layers: int) -> None:
     assert "NaN or infinity" in str(info.refused[2])
     assert "NaN or infinity" in str(info.refused[4])
     assert info.merged().labels == 1
+
+
+@MACHINE_CODE
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_step_that_would_leave_an_infinite_variance_is_refused(structure: str) -> None:
+    """The rule ``replace`` divides by the square of a variance, here 1e-320, while the mean hardly moves."""
+    batch = HeadBatch(BayesianHead(FEATURES, 1, HeadConfig(structure=structure, rule="replace")) for _ in range(HEADS))
+    for head in batch:
+        head.set_noise(0.1)
+        for block in head._cov():
+            block.mul_(1e-160)
+    features = randn(HEADS, FEATURES, seed=1)
+    target, before = batch(features), [bits(head) for head in batch]
+    info = batch.update(features, target)
+    assert info.refused.keys() == set(range(HEADS))
+    assert [bits(head) for head in batch] == before
 
 
 @pytest.mark.usefixtures("_way")

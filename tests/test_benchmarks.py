@@ -113,7 +113,7 @@ def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
     written = page.write(tmp_path, rows, scores, compared, {**about, "missing": {"TAGI": "no MPI"}})
     text = written.read_text(encoding="utf-8")
     assert "- TAGI: no MPI" in text
-    assert "| joint | 4 | 200 | 25 | 12.5 | 8 | 16 |" in text
+    assert "| joint | 16-32-1 | 4 | 200 | 25 | 12.5 | 8 | 16 |" in text
     assert "| width 32, joint | 577 | 1 | 1 | 300 | 400 | 1.3 | 200 | 1.5 |" in text
     assert "| toy | 128 | 8 | 0.1250 (0.125 to 0.125) | 0.2500 (0.250 to 0.250) | 0.5000 (0.500 to 0.500) |" in text
     assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["accuracy"][1]["seed"] == 1

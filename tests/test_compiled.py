@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MACHINE_CODE, STRUCTURES, randn, random_state
+from scipy.special import ndtr
 from torch import Tensor, nn
 
 from kbt_rl.inference import compiled, update
@@ -20,6 +21,7 @@ from kbt_rl.inference.acting import acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import NotPositiveDefiniteError
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.moments import Gaussian, relu_moments
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.record import Increment, UpdateInfo
 from kbt_rl.inference.state import HeadState
@@ -101,6 +103,34 @@ def test_the_default_head_without_hidden_variance(structure: str) -> None:
     state = BayesianHead.from_linear(nn.Linear(5, 1), config).state
     given = randn(1, 5, seed=1), randn(1, 1, seed=2), RULES["measure"], noise(1)
     assert_same(update.increment(state, *given), update.increment(general(state), *given))
+
+
+def test_the_moments_of_one_unit_from_the_far_left_to_the_far_right() -> None:
+    """The machine code has an exp and a normal distribution function of its own, here against SciPy's."""
+    code = compiled.kernels()
+    assert code is not None
+    ratios = np.concatenate([np.linspace(-37.0, 9.0, 4001), np.linspace(-6.0, 6.0, 4001), [0.0, -0.0, 1e-300]])
+    found = np.array([code._relu_unit.py_func(ratio, 1.0) for ratio in ratios])
+    mean, variance, slope, density = found.T
+    expected = np.exp(-0.5 * ratios**2) / np.sqrt(2.0 * np.pi)
+    # A few units in the last place, and rounding of the exponent, some 700 at the far end; SciPy loses more.
+    bound = 8e-16 * (4.0 + 0.5 * ratios**2)
+    assert (abs(slope / ndtr(ratios) - 1.0) <= bound).all()
+    assert (abs(density / expected - 1.0) <= bound).all()
+    general_way = relu_moments(Gaussian(torch.from_numpy(ratios)[:, None], torch.ones(len(ratios), 1, 1).double()))
+    np.testing.assert_allclose(mean, general_way.output.mean.numpy()[:, 0], rtol=1e-11, atol=1e-15)
+    np.testing.assert_allclose(variance, general_way.output.cov.numpy()[:, 0, 0], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("mean", "slope"), [(-1e300, 0.0), (-40.0, 0.0), (1e300, 1.0), (40.0, 1.0), (np.nan, np.nan)])
+def test_the_moments_of_one_unit_beyond_float64(mean: float, slope: float) -> None:
+    code = compiled.kernels()
+    assert code is not None
+    for variance in (1.0, 0.0):
+        found = code._relu_unit.py_func(mean, variance)
+        np.testing.assert_equal(found[0], max(mean, 0.0) if mean == mean else np.nan)
+        np.testing.assert_equal(found[2], slope)
+        np.testing.assert_equal(found[3], 0.0 if mean == mean else np.nan)
 
 
 @pytest.mark.parametrize("options", [{"relu_order": 3}, {"feature_variance": 0.1}])

@@ -49,11 +49,11 @@ class BatchInfo(NamedTuple):
         for name, value in record._asdict().items():
             getattr(self, name)[head] = value
 
-    def put_scalars(self, heads: Array, records: Array, labels: Array, noises: Array) -> None:
+    def put_scalars(self, heads: Array | slice, records: Array, labels: Array, noises: Array) -> None:
         """Enter the records of heads of one output.
 
         Args:
-            heads: Which, ``(R,)``.
+            heads: Which, ``(R,)``, or a slice of all.
             records: A ``ScalarRecord`` of each, ``(R, 4)``.
             labels: In the heads' own units, ``(R,)``.
             noises: Variances of the labels, ``(R,)``.

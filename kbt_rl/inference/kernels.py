@@ -32,13 +32,21 @@ _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 _SMALLEST_SD = math.sqrt(np.finfo(np.float64).tiny)
 _FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
 
+# For ``_exp``: a number to which a float can be added only in whole units, and ln 2 as a short number and the rest.
+_LOG2_E, _SHIFT = 1.0 / math.log(2.0), 1.5 * 2.0**52
+_INFINITY_BITS = 0x7FF0000000000000
+_LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
+
 # As ``record.LARGEST``: what is beyond goes the general way, which refuses it.
 _LARGEST = 1e25
 # The moves of a neuron that is all but switched off are smaller; their products would be subnormal numbers.
 _SMALLEST_MOVE = 1e-150
 
-# Sums may be reordered, so that they use vector instructions; NaN and infinity keep their meaning.
+# Sums may be reordered, so that they use vector instructions; NaN and infinity keep their meaning. In ``_in_order``
+# the order is what keeps the digits; ``_inlined`` is copied into each caller, whose loop can then be vectorised.
 _compiled = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+_in_order = njit(cache=True, fastmath={"contract"}, error_model="numpy")
+_inlined = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy", inline="always")
 _compiled_nogil = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy", nogil=True)
 
 
@@ -110,23 +118,68 @@ def _axpy(row: Array, scale: float, vector: Array) -> None:
 # ------------------------------------------------------------------ ReLU
 
 
-@_compiled
+# libm's exp and erfc are calls, which no loop over units can turn into vector instructions; these are arithmetic alone.
+
+
+@_in_order
+def _exp(exponent: float) -> float:
+    """``exp`` of a number of at most 0, to two units in the last place; 0 below -700, so that none is subnormal."""
+    shifted = max(exponent, -700.0) * _LOG2_E + _SHIFT  # the last bits are now the nearest whole power of 2
+    power = shifted - _SHIFT
+    rest = (max(exponent, -700.0) - power * _LN2_HIGH) - power * _LN2_LOW
+    series = rest * (1.0 / 6227020800.0) + 1.0 / 479001600.0
+    series = (series * rest + 1.0 / 39916800.0) * rest + 1.0 / 3628800.0
+    series = (series * rest + 1.0 / 362880.0) * rest + 1.0 / 40320.0
+    series = (series * rest + 1.0 / 5040.0) * rest + 1.0 / 720.0
+    series = (series * rest + 1.0 / 120.0) * rest + 1.0 / 24.0
+    series = (series * rest + 1.0 / 6.0) * rest + 0.5
+    series = (series * rest + 1.0) * rest + 1.0
+    bits = np.float64(shifted).view(np.int64)
+    scale = np.int64((bits + 1023) << 52).view(np.float64)
+    return series * scale if exponent >= -700.0 or exponent != exponent else 0.0
+
+
+@_in_order
+def _mills(x: float) -> float:
+    """Mills' ratio ``(1 - Phi(x)) / phi(x)`` for ``x >= 0``, to a few units in the last place.
+
+    ``(x + 5)`` times it is a smooth function of ``t = (x - 5) / (x + 5)``, here as the first 23 terms of its Chebyshev
+    series, in powers of ``t``; what is left out is 6e-17 of it.
+    """
+    inverse = 1.0 / (x + 5.0)
+    t = (x - 5.0) * inverse
+    p = -1.968820796668673e-09
+    p = (p * t + 1.2681778133106914e-09) * t + 2.324918339616538e-08
+    p = (p * t - 1.2601401701289641e-08) * t - 1.6898908396071304e-07
+    p = (p * t + 8.984895390080813e-08) * t + 1.0865648093633823e-06
+    p = (p * t - 8.29951776733244e-07) * t - 6.9405498481783575e-06
+    p = (p * t + 9.971212523126543e-06) * t + 4.181269707272043e-05
+    p = (p * t - 0.00012473429411922815) * t - 0.00014883252854029768
+    p = (p * t + 0.0013658588260150296) * t - 0.0019999620670556138
+    p = (p * t - 0.007503282770439648) * t + 0.05212550242182693
+    p = (p * t - 0.17325473409133701) * t + 0.41364471573217226
+    p = (p * t - 0.7859110755463842) * t + 1.241547061573877
+    p = (p * t - 1.667866595188962) * t + 1.9280810471531575
+    return p * inverse
+
+
+@_inlined
 def _relu_unit(mean: float, variance: float) -> tuple[float, float, float, float]:
-    """Mean and variance of ``relu(u)``, the slope ``Phi``, and the density over the sd for the covariance series."""
+    """Mean and variance of ``relu(u)``, the slope ``Phi``, and the density over the sd for the covariance series.
+
+    Without a branch, so that a loop over units runs on several at a time.
+    """
     sd = math.sqrt(variance)
-    if sd < _SMALLEST_SD:
-        sd = _SMALLEST_SD
+    sd = _SMALLEST_SD if sd < _SMALLEST_SD else sd
     ratio = mean / sd
-    if ratio > _FAR:
-        ratio = _FAR
-    elif ratio < -_FAR:
-        ratio = -_FAR
-    tail = 0.5 * math.erfc(abs(ratio) * _INV_SQRT2)  # the other one is at least 1/2, and 1 minus this one to rounding
-    upper, lower = (1.0 - tail, tail) if ratio > 0.0 else (tail, 1.0 - tail)
-    density = math.exp(-0.5 * ratio * ratio) * _INV_SQRT_2PI
+    ratio = _FAR if ratio > _FAR else ratio
+    ratio = -_FAR if ratio < -_FAR else ratio
+    density = _exp(-0.5 * ratio * ratio) * _INV_SQRT_2PI
+    tail = density * _mills(abs(ratio))  # the other one is at least 1/2, and 1 minus this one to rounding
+    upper = 1.0 - tail if ratio > 0.0 else tail
+    lower = tail if ratio > 0.0 else 1.0 - tail
     spread = upper + ratio * (ratio * (upper * lower) - density * (upper - lower)) - density * density
-    if spread < 0.0:
-        spread = 0.0
+    spread = 0.0 if spread < 0.0 else spread
     return mean * upper + sd * density, variance * spread, upper, density / sd
 
 
@@ -395,54 +448,6 @@ def _two_layers_neurons(mean: Array, first: Array, last: Array, features: Array,
     return _matvec(weights, activation), out_cov, cross, variances
 
 
-@_compiled
-def _one_output_neurons(
-    mean: Array, first: Array, last: Array, inputs: Array, cross: Array, variances: Array, units: Array
-) -> tuple[float, float]:
-    """``_two_layers_neurons`` for one output, without a loop over outputs or a new array.
-
-    Args:
-        mean: ``(P,)``.
-        first: The hidden neurons' covariances, ``(n, k, k)`` or ``(n, k)``.
-        last: The output's, ``(1, n+1, n+1)`` or ``(1, n+1)``.
-        inputs: ``[h; 1]``, ``(k,)``.
-        cross: Receives ``Cov(w, u)``, ``(P,)``.
-        variances: Receives the variance of each weight, ``(P,)``.
-        units: Memory, at least ``(3, n + 1)``.
-
-    Returns:
-        Mean and variance of the output.
-    """
-    n, k = first.shape[0], inputs.size
-    hidden = n * k
-    weights, weights_above = mean[:hidden].reshape(n, k), mean[hidden:]
-    own, above = cross[:hidden].reshape(n, k), cross[hidden:].reshape(1, n + 1)
-    activation, spreads, gate = units[0], units[1], units[2]
-    if first.ndim == 3:
-        _project_neurons(first, inputs, own, variances[:hidden].reshape(n, k))
-    for j in range(n):
-        logit = spread = 0.0
-        for p in range(k):
-            logit += weights[j, p] * inputs[p]
-            spread += own[j, p] * inputs[p] if first.ndim == 3 else first[j, p] * (inputs[p] * inputs[p])
-        activation[j], spreads[j] = logit, spread
-    variance = 0.0
-    for j in range(n):
-        activation[j], spread, slope, _ = _relu_unit(activation[j], spreads[j])
-        own_variance = last[0, j, j] if last.ndim == 3 else last[0, j]
-        variance += spread * (weights_above[j] * weights_above[j] + own_variance)
-        gate[j] = weights_above[j] * slope
-    activation[n] = 1.0
-    for j in range(n):
-        factor = gate[j]
-        for p in range(k):
-            own[j, p] = factor * (own[j, p] if first.ndim == 3 else first[j, p] * inputs[p])
-    if first.ndim == 2:
-        _copy(first.reshape(hidden), variances[:hidden])
-    _project_neurons(last, activation[: n + 1], above, variances[hidden:].reshape(1, n + 1))
-    return _dot(weights_above, activation[: n + 1]), variance + _dot(above[0], activation[: n + 1])
-
-
 # ------------------------------------------------------------------ from the output's step to the weights
 
 
@@ -487,16 +492,16 @@ def _sum(values: Array) -> float:
 
 @_compiled
 def _smallest(values: Array) -> float:
-    """The smallest entry; NaN if there is one."""
-    whole = values.size - values.size % 4
-    a = b = c = d = values[0]
-    for i in range(0, whole, 4):  # four minima, so that none waits for another
-        a, b, c, d = min(a, values[i]), min(b, values[i + 1]), min(c, values[i + 2]), min(d, values[i + 3])
-    for i in range(whole, values.size):
-        a = min(a, values[i])
-    total = _sum(values)
-    smallest: float = min(min(a, b), min(c, d)) if total == total else total
-    return smallest
+    """The smallest entry, or a negative one if there is any; NaN if there is one or infinity."""
+    bits = values.view(np.int64)
+    smallest, total = bits[0], 0.0
+    for i in range(values.size):
+        # The bits of floats that are not negative are in the order of the floats, those of the others are negative;
+        # and what may be done with the minimum of integers on several at a time, NaN forbids for that of floats.
+        smallest = bits[i] if bits[i] < smallest else smallest
+        total += values[i]
+    found: float = np.int64(smallest).view(np.float64) if total - total == 0.0 else total - total
+    return found
 
 
 @_compiled
@@ -525,14 +530,15 @@ def _scalar_step(
     # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
     change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
     gain, root = (label - mean) / inverted, math.sqrt(abs(change))
-    own = moves[0]
+    step = 0.0
     for r in range(variances.size):
+        move = root * cross[r]
         moved[r] = gain * cross[r]
-        own[r] = _normal(root * cross[r])
-        variances[r] = kept * variances[r] + change * cross[r] * cross[r]
+        moves[0, r] = _normal(move)
+        variances[r] = kept * variances[r] + change * (cross[r] * cross[r])
+        step += gain * cross[r]
     smallest = _smallest(variances)
     # One sum finds any NaN or infinity; inf - inf is NaN.
-    step = _sum(moved)
     total = step + gain * gain + variance
     done = inverted > 0.0 and smallest >= 0.0 and total - total == 0.0 and abs(step) <= _LARGEST
     return (mean, variance, smallest, 1.0 if done else 0.0), math.copysign(1.0, change)
@@ -842,23 +848,142 @@ def _resolved(
 def _step(
     mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
     inputs: Array, label: float, noise: float, replacing: bool, kept: float, least: float,
-    scratch: Array, moved: Array, moves: Array,
+    moved: Array, moves: Array,
 ) -> tuple[ScalarRecord, float]:  # fmt: skip
-    """Everything of an update of one output that can be refused, see ``_scalar_step``.
-
-    ``inputs`` is the row ``[z; 1]``, ``scratch`` memory, ``(5, P)``.
-    """
-    cross, variances = scratch[0], scratch[1]
-    if first.ndim > 1 and len(covs) == 2:
-        mean_out, variance = _one_output_neurons(mean, first, covs[1], inputs, cross, variances, scratch[2:])
-    else:
-        row = propagate(mean, covs, first, between, shapes, workspace, inputs[:-1], 1)
-        mean_out, variance, cross, variances = row[0][0], row[1][0, 0], row[2][0], row[3]
+    """Everything of an update of one output that can be refused, see ``_scalar_step``; ``inputs`` is ``[z; 1]``."""
+    row = propagate(mean, covs, first, between, shapes, workspace, inputs[:-1], 1)
+    mean_out, variance, cross, variances = row[0][0], row[1][0, 0], row[2][0], row[3]
     resolved = least == 0.0 or _resolved(mean, covs, first, shapes, inputs, cross, variances, least)
     record, sign = _scalar_step(mean_out, variance, cross, variances, label, noise, replacing, kept, moved, moves)
     if not resolved or variance > _LARGEST * _LARGEST or abs(label) > _LARGEST:
         record = (record[0], record[1], record[2], 0.0)
     return record, sign
+
+
+@_inlined
+def _moved(cross: Array, variances: Array, change: float, root: float, kept: float) -> tuple[float, float]:
+    """The sum of the covariances with the output, and the smallest variance after the step, see ``weight_step``.
+
+    On the way covariances that ``_normal`` would drop become 0. The sum is NaN if a variance is NaN or infinite.
+    """
+    step, smallest, largest = 0.0, np.int64(_INFINITY_BITS), np.int64(0)
+    for i in range(cross.size):
+        move = 0.0 if abs(root * cross[i]) <= _SMALLEST_MOVE else cross[i]
+        cross[i] = move
+        step += move
+        # See ``_smallest``.
+        bits = np.float64(kept * variances[i] + change * move * move).view(np.int64)
+        smallest = bits if bits < smallest else smallest
+        largest = bits if bits > largest else largest
+    return step if largest < _INFINITY_BITS else np.nan, np.int64(smallest).view(np.float64)
+
+
+@_compiled_nogil
+def learn_neurons(
+    means: Array, firsts: Array, lasts: Array, shapes: Shapes, centres: Array, scales: Array, labels_seen: Array,
+    heads: Array, features: Array, labels: Array, noises: Array, replacing: bool, kept: float, least: float,
+    plan: Array, records: Array,
+) -> None:  # fmt: skip
+    """``learn_many`` for heads of two layers of independent neurons, with one output.
+
+    A head of a few hundred weights is learned in a microsecond or two, and handing its arrays from function to function
+    would take as long again. So everything is in this one: ``_two_layers_neurons``, ``_scalar_step`` and ``commit``.
+
+    ``means`` ``(H, P)``; ``firsts``, the hidden neurons' covariances, ``(H, n, k, k)`` or ``(H, n, k)``; ``lasts``, the
+    outputs', ``(H, 1, n + 1, n + 1)`` or ``(H, 1, n + 1)``; ``least`` as in ``learn``, the rest as in ``learn_many``.
+    """
+    weights, n, k = means.shape[1], firsts.shape[1], firsts.shape[2]
+    hidden = n * k
+    inputs, activation, spread, gate = np.empty(k), np.empty(n + 1), np.empty(n), np.empty(n)
+    cross, variances = np.empty(weights), np.empty(weights)
+    own, own_variances = cross[:hidden].reshape(n, k), variances[:hidden].reshape(n, k)
+    own_above, variances_above = cross[hidden:].reshape(1, n + 1), variances[hidden:].reshape(1, n + 1)
+    if firsts.ndim == 3:
+        flat_firsts = firsts.reshape(means.shape[0], hidden)
+    inputs[k - 1] = activation[n] = 1.0
+    for r in range(heads.size):
+        h = heads[r]
+        mean, first, last = means[h], firsts[h], lasts[h]
+        below, above = mean[:hidden].reshape(n, k), mean[hidden:]
+        for p in range(k - 1):
+            inputs[p] = (features[h, p] - centres[h, p]) / scales[h, p]
+
+        if firsts.ndim == 4:
+            _project_neurons(first, inputs, own, own_variances)
+        for j in range(n):
+            logit = total = 0.0
+            for p in range(k):
+                logit += below[j, p] * inputs[p]
+                total += own[j, p] * inputs[p] if firsts.ndim == 4 else first[j, p] * (inputs[p] * inputs[p])
+            activation[j], spread[j] = logit, total
+        for j in range(n):
+            activation[j], spread[j], gate[j], _ = _relu_unit(activation[j], spread[j])
+        if firsts.ndim == 4:
+            _project_neurons(last, activation, own_above, variances_above)
+        else:
+            for j in range(n + 1):
+                own_above[0, j] = last[0, j] * activation[j]
+        out_mean, variance = above[n], own_above[0, n]
+        for j in range(n):
+            out_mean += above[j] * activation[j]
+            last_variance = last[0, j, j] if firsts.ndim == 4 else last[0, j]
+            variance += own_above[0, j] * activation[j] + spread[j] * (above[j] * above[j] + last_variance)
+            gate[j] *= above[j]
+        for j in range(n):
+            factor = gate[j]
+            for p in range(k):
+                if firsts.ndim == 4:
+                    own[j, p] *= factor
+                else:
+                    own[j, p] = factor * (first[j, p] * inputs[p])
+
+        label, noise = labels[h], noises[h]
+        inverted = variance if replacing else variance + noise
+        change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
+        gain, root = (label - out_mean) / inverted, math.sqrt(abs(change))
+        done = inverted > 0.0 and variance <= _LARGEST * _LARGEST and abs(label) <= _LARGEST
+        if firsts.ndim == 4:
+            if done and least > 0.0:  # ``diagonal`` has nothing to repair
+                done = _resolved(mean, (first, last), first, shapes, inputs, cross, variances, least)
+            step, smallest = _moved(cross, variances, change, root, kept)
+        else:
+            step, smallest = _moved(cross[:hidden], flat_firsts[h], change, root, kept)
+            step_above, smallest_above = _moved(cross[hidden:], last[0], change, root, kept)
+            step, smallest = step + step_above, min(smallest, smallest_above)
+        step *= gain
+        total = step + gain * gain + variance
+        done = done and smallest >= 0.0 and total - total == 0.0 and abs(step) <= _LARGEST
+        records[r, 0], records[r, 1], records[r, 2], records[r, 3] = out_mean, variance, smallest, 1.0 if done else 0.0
+        if plan.size > 0:
+            for i in range(weights):
+                plan[r, i] = gain * cross[i]
+            for i in range(weights):
+                plan[r, weights + i] = root * cross[i]
+            plan[r, 2 * weights] = math.copysign(1.0, change)
+        elif done:
+            for i in range(weights):
+                mean[i] += gain * cross[i]
+            if firsts.ndim == 4:
+                _add_squares(first, own, change)
+                _add_squares(last, own_above, change)
+            else:
+                flat = flat_firsts[h]
+                for i in range(hidden):
+                    flat[i] += change * cross[i] * cross[i]
+                for j in range(n + 1):
+                    last[0, j] += change * own_above[0, j] * own_above[0, j]
+            labels_seen[h] += 1
+
+
+@_compiled
+def _add_squares(cov: Array, cross: Array, scale: float) -> None:
+    """Add ``scale x_j x_j'`` to each neuron's block, for ``x`` of shape ``(n, k)``."""
+    n, k = cross.shape
+    for j in range(n):
+        for p in range(k):
+            factor = scale * cross[j, p]
+            for q in range(k):
+                cov[j, p, q] += factor * cross[j, q]
 
 
 @_compiled
@@ -871,11 +996,20 @@ def learn(
 
     With ``least`` above 0 nor does it for a row that needs a repair, see ``resolution``.
     """
-    scratch, moved, moves = np.empty((5, mean.size)), np.empty(mean.size), np.empty((1, mean.size))
     record: ScalarRecord
+    if first.ndim > 1 and len(covs) == 2:
+        records, one = np.empty((1, 4)), np.empty(1)
+        one[0] = label
+        learn_neurons(
+            mean.reshape(1, mean.size), first.reshape((1, *first.shape)), covs[1].reshape((1, *covs[1].shape)), shapes,
+            centre.reshape(1, centre.size), scale.reshape(1, centre.size), labels_seen, np.zeros(1, np.int64),
+            features.reshape(1, centre.size), one, np.full(1, noise), replacing, kept, least, np.empty((0, 0)), records,
+        )  # fmt: skip
+        return records[0, 0], records[0, 1], records[0, 2], records[0, 3]
+    moved, moves = np.empty(mean.size), np.empty((1, mean.size))
     record, sign = _step(
         mean, covs, first, between, shapes, workspace, _inputs(centre, scale, features), label, noise, replacing, kept,
-        least, scratch, moved, moves,
+        least, moved, moves,
     )  # fmt: skip
     if record[3] == 1.0:
         signs = np.empty(1)
@@ -911,7 +1045,7 @@ def learn_many(
     each step is taken at once. ``records`` ``(R, 4)`` receives a ``ScalarRecord`` of each.
     """
     weights = means.shape[1]
-    scratch, workspace, signs = np.empty((5, weights)), np.empty(workspace_shape), np.empty(1)
+    workspace, signs = np.empty(workspace_shape), np.empty(1)
     step = np.empty(2 * weights + 1)
     for r in range(heads.size):
         h = heads[r]
@@ -922,7 +1056,7 @@ def learn_many(
         inputs = _inputs(centres[h], scales[h], features[h])
         record, sign = _step(
             means[h], own, own[0], between[h], shapes, workspace, inputs, labels[h], noises[h], replacing, kept, 0.0,
-            scratch, moved, moves,
+            moved, moves,
         )  # fmt: skip
         for i in range(4):
             records[r, i] = record[i]

@@ -68,6 +68,7 @@ class HeadStack:
         between = covs[layers] if len(covs) > layers else np.empty((len(heads), 0, 0))
         shapes = tuple((*shape, neurons_per_row(shape)) for shape in spec.shapes)
         self._posterior = means, covs[:layers], between, shapes
+        self._neurons = spec.structure in ("neuron", "diagonal") and layers == 2 and spec.outputs == 1
         two_dense = spec.structure in ("joint", "layer") and layers == 2
         columns = weights if spec.structure == "joint" else spec.shapes[0].size
         self._workspace_shape = (spec.shapes[0].n, columns) if two_dense else (0, 0)
@@ -89,12 +90,12 @@ class HeadStack:
         """The buffers of this name, ``(H, ...)``."""
         return self._arrays[name]
 
-    def holds(self, heads: Sequence[Posterior]) -> bool:
+    def holds(self, heads: tuple[Posterior, ...]) -> bool:
         """Whether these are the heads, and all their buffers still on this memory.
 
         A head that gets another buffer says so; ``torch.func.functional_call``, which does not ask, swaps all of them.
         """
-        if not self.whole or len(heads) != len(self._heads) or not all(map(is_, heads, self._heads)):
+        if not self.whole or heads != self._heads:  # modules are equal if they are the same
             return False
         return all(map(is_, self._counters, map(itemgetter("mean"), self._parts)))
 
@@ -148,25 +149,38 @@ class HeadStack:
         labels = _float64(target)[:, 0] / self["target_scale"][:, 0]
         noises = self["noise_cov"][:, 0, 0].copy()
 
+        means, covs, _, shapes = self._posterior
+        kept_part = kept(torch.float64)
+
         def learn(part: slice) -> None:
-            self._code.learn_many(
-                *self._posterior, self._workspace_shape, *self._units, self._labels_seen, heads[part], rows, labels,
-                noises, self._replacing, kept(torch.float64), steps[part], records[part],
-            )  # fmt: skip
+            if self._neurons:
+                self._code.learn_neurons(
+                    means, *covs, shapes, *self._units, self._labels_seen, heads[part], rows, labels, noises,
+                    self._replacing, kept_part, 0.0, steps[part], records[part],
+                )  # fmt: skip
+            else:
+                self._code.learn_many(
+                    *self._posterior, self._workspace_shape, *self._units, self._labels_seen, heads[part], rows, labels,
+                    noises, self._replacing, kept_part, steps[part], records[part],
+                )  # fmt: skip
 
         if len(steps):
             _share(threads, learn, heads)
         else:
             self._change(threads, learn, heads)
         done: npt.NDArray[np.bool_] = records[:, 3] == 1.0
-        info.put_scalars(heads[done], records[done], labels[heads[done]], noises[heads[done]])
+        if len(heads) == len(labels) and done.all():
+            info.put_scalars(slice(None), records, labels, noises)
+        else:
+            info.put_scalars(heads[done], records[done], labels[heads[done]], noises[heads[done]])
         return done
 
     def _change(self, threads: int, call: Callable[[slice], None], heads: Array) -> None:
         counters = self._counters if len(heads) == len(self._counters) else [self._counters[i] for i in heads]
-        increment_version(counters)  # before and after, see ``RowEngine``
-        _share(threads, call, heads)
+        # Before, see ``RowEngine``; not once more after, for whoever caches what follows from a posterior does so under
+        # the lock, which the batch holds.
         increment_version(counters)
+        _share(threads, call, heads)
 
 
 def _share(threads: int, call: Callable[[slice], None], items: Array) -> None:
