@@ -486,9 +486,9 @@ def test_a_bad_label_changes_nothing(rows: int, bad: float) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_features_whose_variance_is_not_finite_in_units_of_the_noise_are_refused(rows: int) -> None:
-    learner = head(2, noise="learned", noise_floor=1e-170, noise_start=1e-165)
+    learner = head(2, noise="learned", noise_floor=1e-295, noise_start=1e-290)
     features, target = stream(rows, 2)
-    features[-1, 0] = 9e74
+    features[-1, 0] = 9e24
     before = buffers(learner)
     with pytest.raises(UpdateError, match="not finite"):
         learner.update(features, target)

@@ -964,8 +964,10 @@ def learn_neurons(
             for i in range(weights):
                 mean[i] += gain * cross[i]
             if firsts.ndim == 4:
-                _add_squares(first, own, change)
-                _add_squares(last, own_above, change)
+                for i in range(weights):
+                    cross[i] *= root  # so that both halves of a block get the same product
+                _downdate_neurons(first, cross[:hidden], math.copysign(1.0, change))
+                _downdate_neurons(last, cross[hidden:], math.copysign(1.0, change))
             else:
                 flat = flat_firsts[h]
                 for i in range(hidden):
@@ -973,17 +975,6 @@ def learn_neurons(
                 for j in range(n + 1):
                     last[0, j] += change * own_above[0, j] * own_above[0, j]
             labels_seen[h] += 1
-
-
-@_compiled
-def _add_squares(cov: Array, cross: Array, scale: float) -> None:
-    """Add ``scale x_j x_j'`` to each neuron's block, for ``x`` of shape ``(n, k)``."""
-    n, k = cross.shape
-    for j in range(n):
-        for p in range(k):
-            factor = scale * cross[j, p]
-            for q in range(k):
-                cov[j, p, q] += factor * cross[j, q]
 
 
 @_compiled
