@@ -162,29 +162,31 @@ def sweeps(seconds: float, largest: int) -> list[Row]:
     """Updates over width, depth, outputs, rows of one update and the precision of the posterior."""
     # From 32: a hidden layer holds a positive and a negative copy of the 16 features.
     widths = [width for width in (32, 64, 128, _WIDEST_JOINT, 256, 512, 1024) if width <= largest]
-    cases: dict[tuple[str, int], tuple[BayesianHead, int]] = {}
+    cases: dict[str, tuple[BayesianHead, int]] = {}
     for width in widths:
         for structure in STRUCTURES:
             if width <= {"joint": _WIDEST_JOINT, "layer": 256}.get(structure, largest):
-                cases[f"width {width}, {structure}", 1] = head_of(structure, width=width), 1
+                cases[f"width {width}, {structure}"] = head_of(structure, width=width), 1
     for layers in (1, 2, 3, 4):
         for structure in STRUCTURES:
-            cases[f"depth {layers}, {structure}", 1] = head_of(structure, layers=layers), 1
+            cases[f"depth {layers}, {structure}"] = head_of(structure, layers=layers), 1
     for outputs in (1, 4, 16, 64):
         for structure in ("layer", "neuron", "diagonal"):
-            cases[f"outputs {outputs}, {structure}", 1] = head_of(structure, outputs=outputs, width=64), 1
+            cases[f"outputs {outputs}, {structure}"] = head_of(structure, outputs=outputs, width=64), 1
     for rows in (1, 4, 16, 64):
         for structure in STRUCTURES:
-            cases[f"rows {rows}, {structure}", rows] = head_of(structure), rows
+            cases[f"rows {rows}, {structure}"] = head_of(structure), rows
     for width in (32, 128):
         for structure in STRUCTURES:
             for dtype in ("float64", "float32"):
                 name = f"precision {dtype}, {structure}, width {width}"
-                cases[name, 1] = head_of(structure, width=width, dtype=dtype), 1
-    timings = {
-        key: in_turns({key[0]: _updates(head, rows)}, seconds)[key[0]] for key, (head, rows) in cases.items()
-    }  # each alone: a wide one would empty the caches of the others
-    return [_row(key[0].split()[0], key[0], timings[key], head, rows) for key, (head, rows) in cases.items()]
+                cases[name] = head_of(structure, width=width, dtype=dtype), 1
+    found = []
+    for name, (head, rows) in cases.items():
+        # Alone, as a wide one would empty the caches of the others; and its limit right after it, in the same weather.
+        timing = in_turns({name: _updates(head, rows)}, seconds)[name]
+        found.append(_row(name.split()[0], name, timing, head, rows))
+    return found
 
 
 def independent_heads(seconds: float, largest: int) -> list[Row]:
