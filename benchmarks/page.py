@@ -176,7 +176,7 @@ def _draw_growth(rows: Sequence[Row], path: Path) -> None:
         xscale="log", yscale="log", xlabel="weights", ylabel="microseconds", title="One update; dotted: limit"
     )
     panels[1].set(xscale="log", yscale="log", xlabel="weights", ylabel="bytes", title="Covariance")
-    panels[0].legend()
+    panels[0].legend(loc="upper left")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
@@ -188,7 +188,7 @@ def _draw_paper_head(rows: Sequence[Row], path: Path) -> None:
     figure, panel = pyplot.subplots(figsize=(9, 0.42 * len(own) + 1.2), constrained_layout=True)
     places = np.arange(len(own))
     bars = panel.barh(places, [row.median_us for row in own], color="#0072b2")
-    panel.bar_label(bars, [f"{row.median_us:.3g}" for row in own], padding=3)
+    panel.bar_label(bars, [_number(row.median_us) for row in own], padding=3)
     panel.scatter([row.limit_us for row in own], places, marker="|", s=160, color="#d55e00", zorder=3, label="limit")
     panel.set_yticks(places, [row.name for row in own])
     panel.invert_yaxis()
