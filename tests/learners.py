@@ -113,16 +113,23 @@ class Recorder(BaseCallback):
 
 
 class Updates:
-    """Keeps the samples that a model is taught."""
+    """Keeps the samples that a model is taught, and what it tells of each update."""
 
     def __init__(self, model: OnlineAlgorithm) -> None:
         self.samples: list[Sample] = []
+        self.infos: list[Any] = []
         self._update = model.update
         model.update = self._note  # type: ignore[method-assign]
 
     def _note(self, sample: Sample) -> Any:
         self.samples.append(sample)
-        return self._update(sample)
+        self.infos.append(self._update(sample))
+        return self.infos[-1]
+
+    def means(self, name: str, per_write: int) -> list[float]:
+        """The means of one figure of the updates between two writes of the log."""
+        values = [getattr(info, name) for info in self.infos]
+        return [float(np.mean(values[i : i + per_write])) for i in range(0, len(values), per_write)]
 
     @property
     def observations(self) -> Array:

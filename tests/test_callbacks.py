@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from learners import NOMINAL, SHIFTED, Recorder, changed, expert, kbt, pretrained, states, warm_start, weights
+from learners import NOMINAL, SHIFTED, Recorder, Updates, changed, expert, kbt, pretrained, states, warm_start, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -46,30 +46,13 @@ def curve(accumulator: EventAccumulator, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in accumulator.Scalars(tag)}
 
 
-class Infos:
-    """Keeps what the model tells of its updates."""
-
-    def __init__(self, model: OnlineAlgorithm) -> None:
-        self.infos: list[Any] = []
-        self._update = model.update
-        model.update = self._note  # type: ignore[method-assign]
-
-    def _note(self, sample: Any) -> Any:
-        self.infos.append(self._update(sample))
-        return self.infos[-1]
-
-    def means(self, name: str, per_write: int) -> list[float]:
-        values = [getattr(info, name) for info in self.infos]
-        return [float(np.mean(values[i : i + per_write])) for i in range(0, len(values), per_write)]
-
-
 # ---------------------------------------------------------------------- TensorBoard
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
 def test_tensorboard_shows_the_posterior(n_envs: int, tmp_path: Path) -> None:
     model = kbt(n_envs=n_envs, tensorboard_log=str(tmp_path), n_steps=5)
-    seen = Infos(model)
+    seen = Updates(model)
     model.learn(15 * n_envs, callback=KalmanAdapter(expert()))
     log = events(tmp_path)
     assert set(log.Tags()["scalars"]) >= SHARED | POSTERIOR
@@ -95,7 +78,7 @@ def test_learning_shows_in_the_curves(tmp_path: Path) -> None:
 
 def test_warm_start_shows_what_means_the_same(tmp_path: Path) -> None:
     model = warm_start(tensorboard_log=str(tmp_path), n_steps=5)
-    seen = Infos(model)
+    seen = Updates(model)
     model.learn(10, callback=OnlineAdapter(expert()))
     log = events(tmp_path)
     tags = {tag for tag in log.Tags()["scalars"] if tag.startswith("kalman/")}
@@ -149,7 +132,7 @@ def test_runs_of_one_name_continue_the_curve(tmp_path: Path) -> None:
 
 def test_the_log_interval_thins_the_curve(tmp_path: Path) -> None:
     model = kbt(tensorboard_log=str(tmp_path), n_steps=5)
-    seen = Infos(model)
+    seen = Updates(model)
     model.learn(20, callback=KalmanAdapter(expert()), log_interval=2)
     shown = curve(events(tmp_path), "kalman/innovation")
     assert list(shown) == [10, 20]

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from scipy import special
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
 from kbt_rl.envs.plant import NOMINAL, SHIFTED
-from kbt_rl.experiments import learners, trials
+from kbt_rl.experiments import learners, single, trials
 from kbt_rl.experiments.config import (
     FIRST_REPORTED_SEED,
     KBT_METHOD,
@@ -327,3 +328,26 @@ def test_tuning_prefers_success_and_settles_ties_by_regret() -> None:
 
     assert _best(table["warm start 10"], "learning_rate") == 3e-2
     assert _best(table["warm start 10"][:2], "learning_rate") == 1e-2
+
+
+# ---------------------------------------------------------------------- moments of the softmax
+
+
+def test_white_noise_has_its_mean_and_covariance_exactly() -> None:
+    noise = single._white_noise(256, seed=3)
+    np.testing.assert_allclose(noise.mean(axis=0), 0.0, atol=1e-14)
+    np.testing.assert_allclose(noise.T @ noise / 256, np.eye(5), atol=1e-13)
+    assert not np.array_equal(noise, single._white_noise(256, seed=4))
+
+
+def test_sampled_softmax_agrees_with_quadrature() -> None:
+    mean, sd = np.random.default_rng(2).standard_normal(5), 0.1
+    nodes, weights = np.polynomial.hermite_e.hermegauss(6)
+    grid = np.stack(np.meshgrid(*[nodes] * 5, indexing="ij"), axis=-1).reshape(-1, 5)
+    mass = np.prod(np.stack(np.meshgrid(*[weights / weights.sum()] * 5, indexing="ij"), axis=-1), axis=-1).ravel()
+    values = special.softmax(mean + sd * grid, axis=1)
+    expected = mass @ values
+    cov = (values - expected).T @ (mass[:, None] * (values - expected))
+    found = single._sampled_softmax(mean, sd, single._white_noise(2**12, seed=5))
+    np.testing.assert_allclose(found[0], expected, atol=2e-6)
+    assert np.linalg.norm(found[1] - cov) < 1e-3 * np.linalg.norm(cov)  # 4,096 plain samples are off by 3e-2

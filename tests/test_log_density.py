@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import MACHINE_CODE, STRUCTURES, randn, random_cov
-from learners import SHIFTED, expert, kbt, states
+from learners import SHIFTED, Updates, expert, kbt, states
 from scipy import integrate, stats
-from test_callbacks import Infos, curve, events
+from test_callbacks import curve, events
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
@@ -238,7 +238,7 @@ def test_tensorboard_shows_density_and_coverage(n_envs: int, tmp_path: Path) -> 
 
     model = kbt(n_envs=n_envs, tensorboard_log=str(tmp_path), n_steps=20)
     noise_sd = math.sqrt(float(model.policy.head.noise_cov[0, 0]) * model.policy.head.mean_square_scale)
-    seen = Infos(model)
+    seen = Updates(model)
     model.learn(60 * n_envs, callback=KalmanAdapter(noisy))
     log = events(tmp_path)
     density = np.array(seen.means("log_density", 20))
@@ -253,7 +253,7 @@ def test_tensorboard_shows_density_and_coverage(n_envs: int, tmp_path: Path) -> 
 
 def test_discrete_actions_have_a_density_and_no_region(tmp_path: Path) -> None:
     model = KBT(env=gym.make("kbt_rl/ShiftedDiscreteInvertedPendulum-v0"), seed=0, tensorboard_log=str(tmp_path))
-    seen = Infos(model)
+    seen = Updates(model)
     model.learn(10, callback=KalmanAdapter(lambda observations: np.zeros(len(observations), dtype=np.int64)))
     log = events(tmp_path)
     shown = list(curve(log, "kalman/nlpd").values())

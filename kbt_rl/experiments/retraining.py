@@ -34,13 +34,13 @@ def train_together(learners: Sequence[WaitingWarmStart]) -> None:
     transformers = [learner.policy.transformer for learner in learners]
     memories = [learner._memory_tensors() for learner in learners]
     observations = torch.stack([inputs[0][:, -1] for inputs, _ in memories])
-    targets = torch.stack([target for _, target in memories])
+    targets = torch.cat([target for _, target in memories])
     stacked = StackedTransformers([each.state_dict() for each in transformers], first.policy.transformer_config)
     trained = {name: stacked.weights[name].requires_grad_() for name, _ in transformers[0].named_parameters()}
-    unit = stacked.weights["action_scale"].unsqueeze(1)
+    unit = stacked.weights["action_scale"].repeat_interleave(observations.shape[1], dim=0)  # of each row
     optimiser = torch.optim.Adam(trained.values(), lr=first.step_size, fused=True)
     for _ in range(first.epochs):
-        loss = first.policy.actions.loss(stacked(observations), targets, unit)
+        loss = first.policy.actions.loss(stacked(observations).flatten(0, 1), targets, unit)
         optimiser.zero_grad()
         (len(learners) * loss).backward()  # the mean over all rows is that of each learner over their number
         optimiser.step()
