@@ -1,4 +1,4 @@
-"""The machine code for one row against the PyTorch definition, and the way without it."""
+"""The machine code against the PyTorch definition, and the way without it."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def noise(outputs: int) -> Tensor:
     return 0.1 * torch.eye(outputs, dtype=torch.float64) + 0.02
 
 
-def target_of(rule: str, outputs: int, seed: int) -> Tensor:
-    target = randn(1, outputs, seed=seed)
+def target_of(rule: str, outputs: int, seed: int, rows: int = 1) -> Tensor:
+    target = randn(rows, outputs, seed=seed)
     return torch.softmax(target, dim=-1) if RULES[rule].link == "softmax" else target
 
 
@@ -96,12 +96,66 @@ def test_the_increment_and_the_posterior_equal_the_definition(
     torch.testing.assert_close(state.dense_cov(), plain.dense_cov(), rtol=1e-9, atol=1e-11 * variance)
 
 
+@pytest.mark.usefixtures("_block_rows")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    ("outputs", "rule", "rows"),
+    # ``replace``, without noise, needs fewer rows than there are weights, and none twice.
+    [(1, "measure", 2), (1, "measure", 13), (1, "replace", 3), (3, "measure", 5), (3, "fisher", 2), (3, "fisher", 5)],
+)
+def test_joint_updates_of_several_rows_equal_the_definition(
+    structure: str, layers: int, outputs: int, rule: str, rows: int
+) -> None:
+    state = random_state(layers, structure, features=5, width=7, outputs=outputs)
+    plain = general(state)
+    assert state.engine is not None
+    for seed in range(3):
+        features = randn(rows, 5, seed=10 + seed)
+        if rule != "replace":
+            features[1] = features[0]
+        given = features, target_of(rule, outputs, 20 + seed, rows), RULES[rule], noise(outputs)
+        ours, (theirs, cross_cov) = state.engine.propagate_rows(features.numpy()), update.propagate(plain, features)
+        expected = theirs.mean, theirs.cov, cross_cov.mT, plain.variances()
+        for found, wanted in zip(ours, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-10, atol=1e-13)
+        fast_step, plain_step = update.increment(state, *given), update.increment(plain, *given)
+        assert_same(fast_step, plain_step)
+        update.apply(state, fast_step)
+        update.apply(plain, plain_step)
+    torch.testing.assert_close(state.mean, plain.mean, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(state.dense_cov(), plain.dense_cov(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"noise": "learned"}, {"robust_dof": 4.0}], ids=str)
+def test_blocks_of_rows_of_every_head_equal_the_definition(
+    structure: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forty rows are a block of 32, moved by a matrix product, and one of 8."""
+    config = HeadConfig(structure=structure, noise_variance=0.05, hidden_variance=0.01, **options)
+    fast = BayesianHead.from_linear(nn.Linear(5, 2), config)
+    plain = copy.deepcopy(fast)
+    features, target = randn(40, 5, seed=3), randn(40, 2, seed=4)
+    ours = fast.update(features, target)
+    monkeypatch.setattr(compiled, "kernels", lambda: None)
+    theirs = plain.update(features, target)
+    assert plain.state.engine is None
+    digits = 1e-4 if fast.mean.dtype == torch.float32 else 1e-9
+    for name in UpdateInfo._fields:
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=digits, abs=1e-15), name
+    torch.testing.assert_close(fast.mean, plain.mean, rtol=digits, atol=1e-2 * digits)
+    scale = float(plain.state.variances().max())
+    torch.testing.assert_close(fast.state.dense_cov(), plain.state.dense_cov(), rtol=digits, atol=1e-2 * digits * scale)
+
+
 @pytest.mark.parametrize("structure", ["joint", "layer", "neuron"])
-def test_the_default_head_without_hidden_variance(structure: str) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_default_head_without_hidden_variance(structure: str, rows: int) -> None:
     """A variance of exactly 0 takes the deterministic limit of the ReLU."""
     config = HeadConfig(structure=structure, hidden_variance=0.0)
     state = BayesianHead.from_linear(nn.Linear(5, 1), config).state
-    given = randn(1, 5, seed=1), randn(1, 1, seed=2), RULES["measure"], noise(1)
+    given = randn(rows, 5, seed=1), randn(rows, 1, seed=2), RULES["measure"], noise(1)
     assert_same(update.increment(state, *given), update.increment(general(state), *given))
 
 
@@ -228,13 +282,17 @@ def test_predictions_equal_the_definition_after_each_update(
 
 @pytest.mark.parametrize("kind", ["strided", "read-only", "float32"])
 def test_no_kind_of_array_is_compiled_anew(kind: str) -> None:
+    from kbt_rl.inference import kernels_rows
+
     code = compiled.kernels()
     assert code is not None
     head = BayesianHead.from_linear(nn.Linear(5, 1), HeadConfig(noise_variance=0.1))
-    kernels = code.learn, code.predict, code.act
+    head.prepare_rows()
+    kernels = code.learn, code.predict, code.act, code.unit_moments, kernels_rows.propagate
 
     def use(features: Any, label: Any) -> None:
         head.update(features, label)
+        head.update(np.concatenate([features, features]), np.concatenate([label, label]))
         head(torch.as_tensor(features))
         head.predict(torch.as_tensor(features))
 

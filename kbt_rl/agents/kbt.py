@@ -125,6 +125,12 @@ class KBT(OnlineAlgorithm):
                 f"KBT needs a DecisionTransformerPolicy, whose head is Bayesian; got {type(self.policy).__name__}"
             )
 
+    def _on_rollout_start(self) -> None:
+        """Before the first step, so that no robot waits for it, load what updates of several rows need."""
+        if self.n_envs > 1 and not self.per_env:
+            self.policy.head.prepare_rows()
+        super()._on_rollout_start()
+
     def _after_pretraining(self) -> None:
         """Start from the prior: a head that reproduces the pre-trained layer."""
         self.policy.reset_head()

@@ -1,7 +1,8 @@
-"""Rows one by one through a head of one or two layers, to learn, act and predict, by the functions of ``kernels``.
+"""Rows through a head of one or two layers, to learn, act and predict, by the functions of ``kernels``.
 
-numba is an extra (``pip install "kbt_rl[fast]"``). Without it, and for joint updates of several rows, deeper heads,
-uncertain features or another device, the same is done the general way through PyTorch.
+They go one by one, but for joint updates of several rows (``kernels_rows``). numba is an extra
+(``pip install "kbt_rl[fast]"``). Without it, and for deeper heads, uncertain features or another device, the same is
+done the general way through PyTorch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ Units = tuple[Array, Array, Array]
 # A covariance with more entries, 16 MB, has no form of its own for predictions: a head of some 2,000 weights.
 _LARGEST_FORM = 2**21
 _NOTHING, _NO_COUPLING = np.empty((0, 0)), np.empty((0, 0, 0))
+_NO_UNITS = (_NOTHING,) * 4
 
 
 @lru_cache(maxsize=1)
@@ -48,10 +50,10 @@ def kernels() -> ModuleType | None:
 
 
 class RowEngine:
-    """Machine code bound to the memory of one posterior, for one row at a time.
+    """Machine code bound to the memory of one posterior.
 
     Attributes:
-        propagates: Whether ``propagate``, ``predict`` and ``learn`` serve this head; ``commit`` always does.
+        propagates: Whether all of it serves this head; ``commit`` always does.
     """
 
     def __init__(self, state: HeadState, code: ModuleType) -> None:
@@ -76,6 +78,19 @@ class RowEngine:
         result: RowPass
         with plain_interrupts:
             result = self._code.propagate(*self._posterior, self._workspace, features, self._outputs)
+        return result
+
+    def propagate_rows(self, features: Array) -> RowPass:
+        """The forward pass of rows ``(B, d)``, float64, jointly, see ``kernels_rows.RowsPass``."""
+        from kbt_rl.inference import kernels_rows
+
+        mean, _, first, _, shapes = self._posterior
+        inputs = np.ones((len(features), features.shape[1] + 1))
+        inputs[:, :-1] = features
+        result: RowPass
+        with plain_interrupts:
+            moments = self._code.unit_moments(mean, first, shapes, inputs) if len(shapes) == 2 else _NO_UNITS
+            result = kernels_rows.propagate(*self._posterior, inputs, moments, self._outputs)
         return result
 
     def predict(self, centre: Array, scale: Array, outputs: Array, rows: Array) -> tuple[Array, Array]:

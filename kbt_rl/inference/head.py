@@ -224,7 +224,7 @@ class BayesianHead(Posterior):
         engine = memory.state.engine if count == 1 and not memory.state.least_quotient else None
         if engine is not None and engine.propagates:
             belief = None if memory.noise_model is None else memory.belief()
-            row = row_step(engine, all_rows[0], all_labels, self.rule, memory.noise_cov, belief, memory.weights())
+            row = row_step(engine, all_rows, all_labels, self.rule, memory.noise_cov, belief, memory.weights())
             with self._changing():
                 engine.commit(row.mean_step, row.factor, row.signs)
                 memory.keep(row.noise)

@@ -819,6 +819,24 @@ def _unit_variances(cov: Array, inputs: Array, n: int, per_row: int, out: Array)
 
 
 @_compiled
+def unit_moments(mean: Array, first: Array, shapes: Shapes, inputs: Array) -> tuple[Array, Array, Array, Array]:
+    """``_relu_unit`` of each hidden unit for rows ``[z; 1]``, ``(B, k)``; four times ``(n, B)``."""
+    (n, k, per_row), count = shapes[0], inputs.shape[0]
+    spread = np.empty(n)
+    out_mean, variance = np.empty((n, count)), np.empty((n, count))
+    slope, curvature = np.empty((n, count)), np.empty((n, count))
+    weights = mean[: n * k].reshape(n, k)
+    for b in range(count):
+        _unit_variances(first, inputs[b], n, per_row, spread)
+        for j in range(n):
+            logit = 0.0
+            for p in range(k):
+                logit += weights[j, p] * inputs[b, p]
+            out_mean[j, b], variance[j, b], slope[j, b], curvature[j, b] = _relu_unit(logit, spread[j])
+    return out_mean, variance, slope, curvature
+
+
+@_compiled
 def _resolved(
     mean: Array, covs: tuple[Array, ...], first: Array, shapes: Shapes, inputs: Array, cross: Array, variances: Array,
     least: float

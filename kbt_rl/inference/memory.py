@@ -200,18 +200,32 @@ def prepare(structure: str, layers: int, propagates: bool, dtype: torch.dtype) -
         propagates: See ``RowEngine``; without it there is nothing but the commit.
         dtype: Of the posterior.
     """
-    shapes = layer_shapes(1, 1, layers, None)
-    cov = prior_cov(shapes, structure, hidden_variance=1.0, last_variance=1.0, rho=0.0)
-    mean = torch.zeros(sum(shape.size for shape in shapes), dtype=torch.float64)
-    state = HeadState(HeadSpec(shapes, structure), mean.to(dtype), tuple(block.to(dtype) for block in cov))
-    engine = state.engine
+    state = _smallest_state(structure, layers, dtype)
+    mean, engine = state.mean, state.engine
     if engine is not None:
-        engine.commit(mean.numpy(), mean.numpy()[None], np.zeros(1))
+        zeros = np.zeros(len(mean))
+        engine.commit(zeros, zeros[None], np.zeros(1))
     if engine is not None and propagates:
-        row_step(engine, np.zeros(1), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
+        row_step(engine, np.zeros((1, 1)), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
         units = np.zeros(1), np.ones(1), np.zeros(1, dtype=np.int64)
         engine.learn(units, np.zeros(1), 0.0, 1.0, False)
         actor = compiled.actor(acting_view(state))
         if actor is not None:
             actor(*units[:2], np.zeros((1, 1)))
         engine.predict(*units[:2], np.ones(1), np.zeros((1, 1)))
+
+
+@lru_cache(maxsize=16)
+def prepare_rows(structure: str, layers: int, propagates: bool, dtype: torch.dtype) -> None:
+    """As ``prepare``, for joint updates of several rows."""
+    engine = _smallest_state(structure, layers, dtype).engine
+    if engine is not None and propagates:
+        row_step(engine, np.zeros((2, 1)), np.zeros((2, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
+
+
+def _smallest_state(structure: str, layers: int, dtype: torch.dtype) -> HeadState:
+    """A posterior of this kind with one feature and one output."""
+    shapes = layer_shapes(1, 1, layers, None)
+    cov = prior_cov(shapes, structure, hidden_variance=1.0, last_variance=1.0, rho=0.0)
+    mean = torch.zeros(sum(shape.size for shape in shapes), dtype=dtype)
+    return HeadState(HeadSpec(shapes, structure), mean, tuple(block.to(dtype) for block in cov))

@@ -22,7 +22,7 @@ from kbt_rl.inference import revision
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.history import History
 from kbt_rl.inference.interrupts import interrupts_deferred
-from kbt_rl.inference.memory import Memory, prepare
+from kbt_rl.inference.memory import Memory, prepare, prepare_rows
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.prior import prior_cov, prior_means
@@ -161,6 +161,13 @@ class Posterior(nn.Module):
             if self.learns_noise:
                 self.noise_start_cov.copy_(scaled)
                 self.noise_labels.fill_(self.config.noise_labels)
+
+    def prepare_rows(self) -> None:
+        """Load the machine code for joint updates of several rows, so that the first one need not wait for it.
+
+        The first time on a machine it is compiled, for some 10 s. That for single rows is loaded with the head.
+        """
+        prepare_rows(self.spec.structure, len(self.spec.shapes), self.spec.plain_moments, self._dtype)
 
     @property
     def scales(self) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""One row at a time: the update of ``update.increment``, with its arithmetic in machine code where there is some."""
+"""The update of ``update.increment`` for heads with machine code: one row, or several jointly."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def row_step(
     belief: NoiseBelief | None = None,
     weights: Tensor | None = None,
 ) -> RowStep:
-    """``increment`` for one row ``(d,)`` and its target ``(1, o)``, with the forward pass in machine code."""
-    row = engine.propagate(features)
-    if target.shape[1] == 1 and belief is not None:
+    """``increment`` for rows ``(B, d)`` and their targets ``(B, o)``, with the forward pass in machine code."""
+    row = engine.propagate(features[0]) if len(features) == 1 else engine.propagate_rows(features)
+    if target.size == 1 and belief is not None:
         return _judged_scalar_step(engine, row, float(target[0, 0]), belief)
     output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
     step, info, noise = condition(output, torch.from_numpy(target), rule, noise_cov, belief, weights)

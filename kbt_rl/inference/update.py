@@ -1,8 +1,9 @@
 """One update of the posterior, as it is defined: an increment computed by pure functions, and how it is applied.
 
 ``increment`` does everything that can fail and changes nothing; ``apply`` adds it in place, by a product of low rank.
-An increment is small enough to log, send or take back. The commonest update, one row with one label, goes the same way
-in one call of machine code (``rows.learn_row``).
+An increment is small enough to log, send or take back. For heads of one or two layers on the CPU the forward pass is
+machine code (``rows.row_step``), and the commonest update, one row with one label, is so as a whole
+(``rows.learn_row``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from kbt_rl.inference.structures import LAYERWISE
 
 # Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
 MAX_JOINT_ROWS = 32
-_LARGEST_ROW_RANK = 4
+# Up to this rank machine code moves the covariance; from there on a matrix product is faster.
+_LARGEST_ROW_RANK = 12
 
 
 def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
@@ -98,9 +100,9 @@ def _increment(
     weights: Tensor | None,
 ) -> Increment:
     """``increment`` of a posterior as it is."""
-    engine = state.engine if len(features) == 1 else None
+    engine = state.engine
     if engine is not None and engine.propagates:
-        return row_step(engine, features[0].numpy(), target.numpy(), rule, noise_cov, belief, weights).as_increment()
+        return row_step(engine, features.numpy(), target.numpy(), rule, noise_cov, belief, weights).as_increment()
     output, cross_cov = propagate(state, features)
     step, info, noise = condition(output, target, rule, noise_cov, belief, weights)
     # One pass over the cross-covariance for the mean and the covariance.
@@ -117,7 +119,6 @@ def apply(state: HeadState, step: Increment) -> None:
 
     What has to be allocated is allocated before the first change.
     """
-    # From some rank on, a matrix product is faster.
     if len(step.signs) <= _LARGEST_ROW_RANK and state.engine is not None and step.correlation == 1.0:
         moves = np.ascontiguousarray(step.cov_factor.mT.numpy())
         state.engine.commit(step.mean_step.numpy(), moves, step.signs.numpy())
