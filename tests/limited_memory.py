@@ -26,10 +26,10 @@ def address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-# Machine code with vectors of 4 MB; PyTorch with several rows; successive blocks on a copy of the posterior.
+# Machine code with vectors of 4 MB, and with a matrix of 16 MB; successive blocks on a copy of the posterior.
 WAYS = {
     "one row": (1, 255, HeadConfig(structure="diagonal", width=2048)),
-    "rows": (4, 63, HeadConfig(structure="neuron", width=256)),
+    "rows": (4, 255, HeadConfig(structure="diagonal", width=2048)),
     "blocks": (40, 31, HeadConfig(structure="diagonal", width=128)),
 }
 

@@ -149,6 +149,15 @@ def test_blocks_of_rows_of_every_head_equal_the_definition(
     torch.testing.assert_close(fast.state.dense_cov(), plain.state.dense_cov(), rtol=digits, atol=1e-2 * digits * scale)
 
 
+def test_more_labels_than_machine_code_takes_go_the_general_way() -> None:
+    state = random_state(2, "neuron", features=5, width=7, outputs=3)
+    assert state.engine is not None
+    for rows in (30, 60):
+        assert state.engine.takes(3 * rows) == (rows == 30)
+        given = randn(rows, 5, seed=1), target_of("measure", 3, 2, rows), RULES["measure"], noise(3)
+        assert_same(update.increment(state, *given), update.increment(general(state), *given))
+
+
 @pytest.mark.parametrize("structure", ["joint", "layer", "neuron"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_default_head_without_hidden_variance(structure: str, rows: int) -> None:

@@ -482,11 +482,11 @@ def interrupt_during_downdate(structure: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [20, 40])
 def test_an_interrupt_waits_until_the_posterior_is_whole(
     structure: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three rows are applied in full; of forty, which are computed on a copy, nothing is."""
+    """Twenty rows are applied in full; of forty, which are computed on a copy, nothing is."""
     head, undisturbed = make_head(structure=structure), make_head(structure=structure)
     before, data = posterior(head), labelled(rows)
     undisturbed.update(*data)
@@ -495,7 +495,7 @@ def test_an_interrupt_waits_until_the_posterior_is_whole(
     with pytest.raises(KeyboardInterrupt):
         head.update(*data)
     assert signal.getsignal(signal.SIGINT) is handler
-    whole = posterior(undisturbed) if rows == 3 else before
+    whole = posterior(undisturbed) if rows == 20 else before
     assert_identical(posterior(head)[:-1], whole[:-1])
 
 

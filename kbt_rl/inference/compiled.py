@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from kbt_rl.inference.acting import ActingView
     from kbt_rl.inference.kernels import RowPass, ScalarRecord
+    from kbt_rl.inference.kernels_rows import MeasureRecord
     from kbt_rl.inference.state import HeadState
 
 Array = npt.NDArray[Any]
@@ -33,6 +34,8 @@ Units = tuple[Array, Array, Array]
 _LARGEST_FORM = 2**21
 _NOTHING, _NO_COUPLING = np.empty((0, 0)), np.empty((0, 0, 0))
 _NO_UNITS = (_NOTHING,) * 4
+# Of more labels at a time a matrix library makes shorter work.
+_MOST_LABELS = 128
 
 
 @lru_cache(maxsize=1)
@@ -73,6 +76,10 @@ class RowEngine:
         self._form = _NOTHING
         self._form_version = -1
 
+    def takes(self, labels: int) -> bool:
+        """Whether ``propagate`` or ``propagate_rows`` is the shortest way to an update with so many scalar targets."""
+        return self.propagates and labels <= _MOST_LABELS
+
     def propagate(self, features: Array) -> RowPass:
         """The forward pass of one row ``(d,)``, float64, see ``kernels.RowPass``."""
         result: RowPass
@@ -92,6 +99,17 @@ class RowEngine:
             moments = self._code.unit_moments(mean, first, shapes, inputs) if len(shapes) == 2 else _NO_UNITS
             result = kernels_rows.propagate(*self._posterior, inputs, moments, self._outputs)
         return result
+
+    def measure(
+        self, row: RowPass, target: Array, noise_cov: Array, weights: Array, lost: float
+    ) -> tuple[Array, MeasureRecord] | None:
+        """Step of the weights ``(P,)`` and record of ``kernels_rows.measure``, which uses ``row`` up, or None."""
+        from kbt_rl.inference import kernels_rows
+
+        moved = np.empty(len(row[3]))
+        with plain_interrupts:
+            done, record = kernels_rows.measure(row, target, noise_cov, weights, self._kept, lost, moved)
+        return (moved, record) if done else None
 
     def predict(self, centre: Array, scale: Array, outputs: Array, rows: Array) -> tuple[Array, Array]:
         """Mean ``(N, o)`` and covariance ``(N, o, o)`` of the output for rows ``(N, d)``, float64, one by one.

@@ -1,4 +1,4 @@
-"""The joint forward pass of several rows in machine code (numba), for heads of one or two layers.
+"""Joint updates of several rows in machine code (numba), for heads of one or two layers.
 
 As ``kernels``, for rows that are learned together: what ``joint``, ``smoother`` and ``structures`` define, without the
 covariance of all rows' hidden units, ``(B n, B n)``, and without that of the weights with each of them, ``(P, B n)``.
@@ -13,6 +13,7 @@ Sizes: ``B`` rows, ``n`` hidden units with ``k`` inputs (bias included), ``o`` o
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,9 +23,14 @@ from numba import njit
 Array = npt.NDArray[Any]
 # Mean (B o,) and covariance (B o, B o) of the outputs, Cov(w, u) transposed (B o, P), the weights' variances (P,).
 RowsPass: TypeAlias = tuple[Array, Array, Array, Array]
+# The sums of the step of the weights and of the squared errors, the NIS, the log determinant, the smallest variance.
+MeasureRecord: TypeAlias = tuple[float, float, float, float, float]
 # Of each hidden unit in each row, (n, B): mean and variance of z, the slope Phi, the density over the sd.
 UnitMoments: TypeAlias = tuple[Array, Array, Array, Array]
 Shapes: TypeAlias = tuple[tuple[int, int, int], ...]
+
+# As in ``kernels``.
+_SMALLEST_MOVE = 1e-150
 
 # Sums may be reordered, so that they use vector instructions; NaN and infinity keep their meaning.
 _compiled = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
@@ -415,3 +421,87 @@ def propagate(
             _hidden_neurons(first, inputs, moments, above, covs[1], cross, variances, pairs)
             _outputs_neurons(covs[1], activation, cross, hidden, variances, pairs)
     return out_mean, _by_row(pairs, o), cross, variances
+
+
+# ------------------------------------------------------------------ from the outputs' labels to the weights
+
+
+@_compiled
+def _cholesky(matrix: Array, lost: float) -> bool:
+    """``L`` in the lower triangle, in place; False where a pivot is not above ``lost`` times the diagonal entry."""
+    size = matrix.shape[0]
+    for i in range(size):
+        for j in range(i + 1):
+            total = matrix[i, j]
+            diagonal = total
+            for q in range(j):
+                total -= matrix[i, q] * matrix[j, q]
+            if j < i:
+                matrix[i, j] = total / matrix[j, j]
+            elif total > lost * diagonal:
+                matrix[i, i] = math.sqrt(total)
+            else:
+                return False
+    return True
+
+
+@_compiled
+def measure(
+    predicted: RowsPass, target: Array, noise_cov: Array, weights: Array, kept: float, lost: float, moved: Array
+) -> tuple[bool, MeasureRecord]:
+    """``output.measure`` and what it does to the weights, for rows with a Gaussian noise that is known.
+
+    With ``S + R = L L'`` the step of the weights is ``X L^-T (L^-1 e)``, and that of their covariance ``-V V'`` with
+    ``V = X L^-T``. So one substitution, of ``X'`` in place, gives both.
+
+    Args:
+        predicted: By ``propagate``. Of its parts ``X'``, ``(B o, P)``, becomes ``V'``, the covariance of the outputs
+            ``L``, and the variances of the weights those after the step, before it times ``kept``.
+        target: ``(B, o)``.
+        noise_cov: ``R`` of a row, ``(o, o)``.
+        weights: Of the outputs in the sum of squared errors, ``(o,)``.
+        kept: See ``record.kept``.
+        lost: Relative to the diagonal entry, the smallest pivot that is not rounding.
+        moved: Receives the step of the weights, ``(P,)``.
+
+    Returns:
+        Whether ``S + R`` could be factorised; if not, only it has changed. And the record.
+    """
+    mean, cov, cross, variances = predicted
+    (count, o), (labels, size) = target.shape, cross.shape
+    for b in range(count):
+        for j in range(o):
+            for i in range(o):
+                cov[b * o + j, b * o + i] += noise_cov[j, i]
+    if not _cholesky(cov, lost):
+        return False, (0.0, 0.0, 0.0, 0.0, 0.0)
+    white = np.empty(labels)
+    squares = nis = log_det = step = 0.0
+    for r in range(size):
+        moved[r] = 0.0
+        variances[r] *= kept
+    for a in range(labels):
+        error = target[a // o, a % o] - mean[a]
+        squares += weights[a % o] * error * error
+        for e in range(a):
+            factor = cov[a, e]
+            error -= factor * white[e]
+            for r in range(size):
+                cross[a, r] -= factor * cross[e, r]
+        inverse = 1.0 / cov[a, a]
+        white[a] = error * inverse
+        nis += white[a] * white[a]
+        log_det += 2.0 * math.log(cov[a, a])
+        for r in range(size):
+            move = cross[a, r] * inverse
+            move = move if abs(move) > _SMALLEST_MOVE else 0.0
+            cross[a, r] = move
+            moved[r] += white[a] * move
+            variances[r] -= move * move
+    smallest, total = np.inf, 0.0
+    for r in range(size):
+        step += moved[r]
+        total += variances[r]
+        smallest = min(smallest, variances[r])
+    # One sum finds any NaN or infinity; inf - inf is NaN.
+    return True, (step, squares, nis, log_det, smallest if total - total == 0.0 else total - total)

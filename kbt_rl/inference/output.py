@@ -224,8 +224,9 @@ def _minus_ones(like: Tensor) -> Tensor:
     return torch.full_like(like, -1.0)
 
 
-# A pivot this many roundings a row (relative to its diagonal entry) above zero counts as zero.
-_ROUNDING = 64.0
+def lost_pivot(size: int, dtype: torch.dtype = torch.float64) -> float:
+    """Relative to the diagonal entry of a ``size`` x ``size`` matrix, the largest pivot that may be rounding."""
+    return 64.0 * size * torch.finfo(dtype).eps
 
 
 def _inverse_root(matrix: Tensor, name: str) -> Tensor:
@@ -237,7 +238,7 @@ def _inverse_root(matrix: Tensor, name: str) -> Tensor:
         return matrix.rsqrt()
     root, failed = torch.linalg.cholesky_ex(matrix)
     # A singular matrix often factorises by rounding; its last pivot is then noise, and its inverse too.
-    lost = _ROUNDING * len(matrix) * torch.finfo(matrix.dtype).eps
+    lost = lost_pivot(len(matrix), matrix.dtype)
     if int(failed) or bool((root.diagonal().square() <= lost * matrix.diagonal()).any()):
         finite = bool(torch.isfinite(matrix).all())
         raise NotPositiveDefiniteError(name, float(torch.linalg.eigvalsh(matrix)[0]) if finite else float("nan"))

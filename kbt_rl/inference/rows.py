@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kbt_rl.inference.compiled import RowEngine, Units
 from kbt_rl.inference.conditioning import NoiseBelief, condition, huge_values_refused
-from kbt_rl.inference.density import scalar_log_density
+from kbt_rl.inference.density import LOG_TWO_PI, scalar_log_density
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import NoiseEstimate
-from kbt_rl.inference.output import OutputRule
+from kbt_rl.inference.output import OutputRule, lost_pivot, measure
 from kbt_rl.inference.record import Increment, UpdateInfo, check
 
 if TYPE_CHECKING:
@@ -51,9 +51,14 @@ def row_step(
     weights: Tensor | None = None,
 ) -> RowStep:
     """``increment`` for rows ``(B, d)`` and their targets ``(B, o)``, with the forward pass in machine code."""
-    row = engine.propagate(features[0]) if len(features) == 1 else engine.propagate_rows(features)
+    row = _forward(engine, features)
     if target.size == 1 and belief is not None:
         return _judged_scalar_step(engine, row, float(target[0, 0]), belief)
+    if rule.condition is measure and belief is None:
+        measured = _measured_step(engine, row, target, noise_cov, weights)
+        if measured is not None:
+            return measured
+        row = _forward(engine, features)  # once more, for the error that says what is wrong
     output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
     step, info, noise = condition(output, torch.from_numpy(target), rule, noise_cov, belief, weights)
     factor = np.ascontiguousarray(step.cov_factor.numpy())
@@ -61,6 +66,39 @@ def row_step(
     info = info._replace(smallest_variance=smallest)
     check(total, info)
     return RowStep(moved, moves, step.signs.numpy(), info, noise)
+
+
+def _forward(engine: RowEngine, features: Array) -> RowPass:
+    return engine.propagate(features[0]) if len(features) == 1 else engine.propagate_rows(features)
+
+
+def _measured_step(
+    engine: RowEngine, row: RowPass, target: Array, noise_cov: Tensor, weights: Tensor | None
+) -> RowStep | None:
+    """The rule ``measure`` with Gaussian noise that is known; None where the covariance cannot be inverted.
+
+    Uses the pass up: its covariance with the weights becomes the factor.
+    """
+    count, o = target.shape
+    noise = noise_cov.numpy()
+    weighed = np.ones(o) if weights is None else weights.numpy()
+    variances = row[1].diagonal().reshape(count, o) @ weighed
+    found = engine.measure(row, target, noise, weighed, lost_pivot(target.size))
+    if found is None:
+        return None
+    moved, (total, squares, nis, log_det, smallest) = found
+    epistemic = float(variances.sum()) / target.size
+    info = UpdateInfo(
+        innovation=math.sqrt(squares / target.size),
+        nis=nis,
+        epistemic_variance=epistemic,
+        predictive_variance=epistemic + float(noise.diagonal() @ weighed) / o,
+        smallest_variance=smallest,
+        labels=target.size,
+        log_density=-0.5 * (nis + log_det + target.size * LOG_TWO_PI),
+    )
+    check(total, info)
+    return RowStep(moved, row[2], np.full(target.size, -1.0), info)
 
 
 def _judged_scalar_step(engine: RowEngine, row: RowPass, target: float, belief: NoiseBelief) -> RowStep:
