@@ -765,27 +765,40 @@ def _inputs(centre: Array, scale: Array, features: Array) -> Array:
 def _row_moments(
     mean: Array, form: Array, cov: Array, between: Array, o: int, per_row: int, inputs: Array
 ) -> tuple[Array, Array]:
-    """``predict`` for one row, ``(o,)`` and ``(o, o)``."""
+    """``predict`` for one row, ``(o,)`` and ``(o, o)``.
+
+    Units that are off, in a signed start about a third of them, covary with nothing to the last bit, and are left out.
+    """
     k = inputs.size
     n = (mean.size - o) // (k + o)
-    products, u_cov = np.empty(form.shape[1]), np.empty((n, n))
+    products = np.empty(form.shape[1])
     at = 0
     for p in range(k):
         for q in range(p + 1):
             products[at] = inputs[p] * inputs[q]
             at += 1
-    pair = 0
+    logits, z_mean, z_cov = _matvec(mean[: n * k].reshape(n, k), inputs), np.empty(n), np.zeros((n, n))
+    slope, curvature, active, count = np.empty(n), np.empty(n), np.empty(n, np.int64), 0
     for j in range(n):
-        for i in range(j + 1):
-            u_cov[j, i] = _dot(form[pair], products)
-            pair += 1
-        u_cov[j, j] = max(u_cov[j, j], 0.0)  # rounding may leave a variance of 0 a little below
-    z_mean, z_cov, slope = _relu_dense(_matvec(mean[: n * k].reshape(n, k), inputs), u_cov)
-    room = np.empty((n, between.shape[0]))
+        variance = max(_dot(form[j * (j + 3) // 2], products), 0.0)  # rounding may leave one of 0 a little below
+        z_mean[j], z_cov[j, j], slope[j], curvature[j] = _relu_unit(logits[j], variance)
+        if slope[j] != 0.0:
+            active[count] = j
+            count += 1
+    for a in range(count):
+        j = active[a]
+        for e in range(a):
+            i = active[e]
+            entry = _dot(form[j * (j + 1) // 2 + i], products)
+            entry *= slope[j] * slope[i] + 0.5 * entry * (curvature[j] * curvature[i])
+            z_cov[j, i] = z_cov[i, j] = entry
+    shared, by_unit = np.zeros((n, between.shape[0])), between.reshape(between.shape[0], n, k)
     for r in range(between.shape[0]):
-        _row_dots(between[r], inputs, n, room, r)
-    shared = room[:, 0:]
-    _slope_rows(shared, slope)
+        for a in range(count):
+            total = 0.0
+            for p in range(k):
+                total += by_unit[r, active[a], p] * inputs[p]
+            shared[active[a], r] = slope[active[a]] * total
     weights = mean[n * k :].reshape(o, n + 1)
     cross, variances = np.empty((o, weights.size)), np.empty(weights.size)
     out_mean, out_cov = _outputs(weights, cov, per_row, _with_one(z_mean), z_cov, shared, cross, 0, variances)
