@@ -115,7 +115,7 @@ def test_joint_updates_of_several_rows_equal_the_definition(
         if rule != "replace":
             features[1] = features[0]
         given = features, target_of(rule, outputs, 20 + seed, rows), RULES[rule], noise(outputs)
-        ours, (theirs, cross_cov) = state.engine.propagate_rows(features.numpy()), update.propagate(plain, features)
+        ours, (theirs, cross_cov) = state.engine.propagate(features.numpy()), update.propagate(plain, features)
         expected = theirs.mean, theirs.cov, cross_cov.mT, plain.variances()
         for found, wanted in zip(ours, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-10, atol=1e-13)
@@ -153,7 +153,7 @@ def test_more_labels_than_machine_code_takes_go_the_general_way() -> None:
     state = random_state(2, "neuron", features=5, width=7, outputs=3)
     assert state.engine is not None
     for rows in (30, 60):
-        assert state.engine.takes(3 * rows) == (rows == 30)
+        assert state.engine.takes(rows, 3) == (rows == 30)
         given = randn(rows, 5, seed=1), target_of("measure", 3, 2, rows), RULES["measure"], noise(3)
         assert_same(update.increment(state, *given), update.increment(general(state), *given))
 
@@ -209,8 +209,54 @@ def test_heads_without_machine_code_for_the_forward_pass_take_the_general_way(op
     torch.testing.assert_close(state.dense_cov(), plain.dense_cov(), rtol=1e-12, atol=1e-14)
 
 
-def test_deeper_heads_have_no_engine() -> None:
-    assert random_state(3, "joint").engine is None
+@pytest.mark.usefixtures("_block_rows")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("layers", [3, 4])
+@pytest.mark.parametrize(("outputs", "rule"), [(1, "measure"), (1, "replace"), (3, "measure"), (3, "fisher")])
+@pytest.mark.parametrize("variance", [0.1, 1e-8])
+def test_deeper_heads_equal_the_definition(
+    structure: str, layers: int, outputs: int, rule: str, variance: float
+) -> None:
+    state = random_state(layers, structure, features=5, width=7, outputs=outputs, variance=variance)
+    plain = general(state)
+    assert state.engine is not None
+    assert not state.engine.takes(2, outputs)
+    for seed in range(3):
+        features = randn(1, 5, seed=10 + seed)
+        given = features, target_of(rule, outputs, 20 + seed), RULES[rule], noise(outputs)
+        ours, (theirs, cross_cov) = state.engine.propagate(features.numpy()), update.propagate(plain, features)
+        expected = theirs.mean, theirs.cov, cross_cov.mT, plain.variances()
+        for found, wanted in zip(ours, expected, strict=True):
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-10, atol=1e-12 * scale)
+        fast_step, plain_step = update.increment(state, *given), update.increment(plain, *given)
+        assert_same(fast_step, plain_step)
+        update.apply(state, fast_step)
+        update.apply(plain, plain_step)
+    torch.testing.assert_close(state.mean, plain.mean, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(state.dense_cov(), plain.dense_cov(), rtol=1e-9, atol=1e-11 * variance)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("hidden_variance", [0.0, 0.1])
+def test_streams_and_predictions_of_deeper_heads_are_those_without_numba(
+    structure: str, hidden_variance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = HeadConfig(structure=structure, layers=3, noise_variance=0.05, hidden_variance=hidden_variance)
+    scales = {"feature_mean": randn(5, seed=1), "feature_scale": randn(5, seed=2).abs() + 0.5}
+    fast = BayesianHead.from_linear(nn.Linear(5, 2), config, **scales, target_scale=torch.tensor([2.0, 3.0]))
+    plain, probe = copy.deepcopy(fast), randn(3, 5, seed=6)
+    stream = list(zip(randn(20, 1, 5, seed=3), randn(20, 1, 2, seed=4), strict=True))
+    for row, label in stream:
+        fast.update(row, label)
+    ours, acted = fast.predict(probe), fast(probe)
+    monkeypatch.setattr(compiled, "kernels", lambda: None)
+    for row, label in stream:
+        plain.update(row, label)
+    assert plain.state.engine is None
+    for found, wanted in zip(ours, plain.predict(probe), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(acted, plain(probe), rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

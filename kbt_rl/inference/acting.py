@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kbt_rl.inference.compiled import RowEngine
 from kbt_rl.inference.moments import relu_mean
 from kbt_rl.inference.smoother import augment
 from kbt_rl.inference.state import HeadState
@@ -47,7 +48,7 @@ def acting_view(state: HeadState) -> ActingView:
     layers = len(state.spec.shapes)
     if layers > 2:
         raise ValueError(f"an acting view holds heads of at most two layers; this one has {layers}")
-    if layers == 2 and not state.spec.feature_variance and state.engine is not None:
+    if layers == 2 and not state.spec.feature_variance and isinstance(state.engine, RowEngine):
         first, last, form, coupled = (torch.from_numpy(array) for array in state.engine.acting_form())
         return ActingView((first, last), form, coupled if len(coupled) else None)
     weights = tuple(weight.to(torch.float64, copy=True) for weight in state.weights)

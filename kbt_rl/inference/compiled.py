@@ -1,8 +1,8 @@
-"""Rows through a head of one or two layers, to learn, act and predict, by the functions of ``kernels``.
+"""Rows through a head to learn, act and predict, in machine code: ``kernels``, from three layers on ``kernels_deep``.
 
-They go one by one, but for joint updates of several rows (``kernels_rows``). numba is an extra
-(``pip install "kbt_rl[fast]"``). Without it, and for deeper heads, uncertain features or another device, the same is
-done the general way through PyTorch.
+They go one by one, but for joint updates of several rows (``kernels_rows``, one or two layers). numba is an extra
+(``pip install "kbt_rl[fast]"``). Without it, and for uncertain features or another device, the same is done the general
+way through PyTorch.
 """
 
 from __future__ import annotations
@@ -52,53 +52,46 @@ def kernels() -> ModuleType | None:
     return module
 
 
-class RowEngine:
-    """Machine code bound to the memory of one posterior.
+class Engine:
+    """Machine code bound to the memory of one posterior; one of the two below.
 
     Attributes:
         propagates: Whether all of it serves this head; ``commit`` always does.
+        learns: Whether there is ``RowEngine.learn`` for it.
     """
 
-    def __init__(self, state: HeadState, code: ModuleType) -> None:
-        spec = state.spec
-        self._kept, self._least = kept(state.mean.dtype), state.least_quotient
-        layers = len(spec.shapes)
-        self._code, self._outputs, self._counter = code, spec.outputs, state.mean
-        mean, cov = state.mean.numpy(), [block.numpy() for block in state.cov]
-        between = cov[layers] if len(cov) > layers else _NOTHING
-        shapes = tuple((*shape, neurons_per_row(shape)) for shape in spec.shapes)
-        self._posterior = (mean, tuple(cov[:layers]), cov[0], between, shapes)
-        columns = len(mean) if spec.structure == "joint" else spec.shapes[0].size
-        two_dense = spec.structure in ("joint", "layer") and layers == 2
-        self._workspace = np.empty((spec.shapes[0].n, columns) if two_dense else (0, 0))
-        self.propagates = spec.plain_moments
-        self._has_form = two_dense and sum(block.size for block in cov) <= _LARGEST_FORM
-        self._form = _NOTHING
-        self._form_version = -1
+    learns = False
 
-    def takes(self, labels: int) -> bool:
-        """Whether ``propagate`` or ``propagate_rows`` is the shortest way to an update with so many scalar targets."""
-        return self.propagates and labels <= _MOST_LABELS
+    def __init__(self, state: HeadState, code: ModuleType) -> None:
+        layers, cov = len(state.spec.shapes), [block.numpy() for block in state.cov]
+        self._code = self._step_code = code
+        self._counter, self._kept = state.mean, kept(state.mean.dtype)
+        shapes = tuple((*shape, neurons_per_row(shape)) for shape in state.spec.shapes)
+        self._posterior = (state.mean.numpy(), tuple(cov[:layers]), cov[0], self._between(cov[layers:]), shapes)
+        self.propagates = state.spec.plain_moments
+
+    def _between(self, blocks: list[Array]) -> Any:
+        """The covariances between layers as the machine code takes them."""
+        raise NotImplementedError
+
+    def takes(self, rows: int, outputs: int) -> bool:
+        """Whether ``propagate`` is the shortest way to a joint update of so many rows."""
+        return self.propagates and rows * outputs <= _MOST_LABELS
 
     def propagate(self, features: Array) -> RowPass:
-        """The forward pass of one row ``(d,)``, float64, see ``kernels.RowPass``."""
-        result: RowPass
-        with plain_interrupts:
-            result = self._code.propagate(*self._posterior, self._workspace, features, self._outputs)
-        return result
-
-    def propagate_rows(self, features: Array) -> RowPass:
         """The forward pass of rows ``(B, d)``, float64, jointly, see ``kernels_rows.RowsPass``."""
-        from kbt_rl.inference import kernels_rows
+        raise NotImplementedError
 
-        mean, _, first, _, shapes = self._posterior
-        inputs = np.ones((len(features), features.shape[1] + 1))
-        inputs[:, :-1] = features
-        result: RowPass
-        with plain_interrupts:
-            moments = self._code.unit_moments(mean, first, shapes, inputs) if len(shapes) == 2 else _NO_UNITS
-            result = kernels_rows.propagate(*self._posterior, inputs, moments, self._outputs)
-        return result
+    def predict(self, centre: Array, scale: Array, outputs: Array, rows: Array) -> tuple[Array, Array]:
+        """Mean ``(N, o)`` and covariance ``(N, o, o)`` of the output for rows ``(N, d)``, float64, one by one.
+
+        Args:
+            centre: Mean of the features, ``(d,)``.
+            scale: Their scale, ``(d,)``.
+            outputs: What the outputs are multiplied by, ``(o,)``.
+            rows: As they come from the encoder.
+        """
+        raise NotImplementedError
 
     def measure(
         self, row: RowPass, target: Array, noise_cov: Array, weights: Array, lost: float
@@ -111,17 +104,69 @@ class RowEngine:
             done, record = kernels_rows.measure(row, target, noise_cov, weights, self._kept, lost, moved)
         return (moved, record) if done else None
 
+    def weight_step(
+        self, row: RowPass, mean_step: Array, factor: Array, signs: Array
+    ) -> tuple[Array, Array, float, float]:
+        """See ``kernels.weight_step``."""
+        _, _, cross, variances = row
+        step: tuple[Array, Array, float, float]
+        with plain_interrupts:
+            step = self._step_code.weight_step(cross, variances, mean_step, factor, signs, self._kept)
+        return step
+
+    def commit(self, moved: Array, moves: Array, signs: Array) -> None:
+        """``mean += moved``, ``Sigma += V diag(signs) V'`` for ``V'`` of shape ``(q, P)``, not to be interrupted."""
+        self._change(self._code.commit, moved, moves, signs)
+
+    def _change(self, code: Callable[..., Any], *arguments: Any) -> Any:
+        # Whoever caches what follows from the posterior watches this counter, which NumPy does not move. Before, so
+        # that an interrupt cannot leave a new posterior with the old number; after, for those in another thread.
+        increment_version(self._counter)
+        with plain_interrupts:
+            result = code(*self._posterior, *arguments)
+        increment_version(self._counter)
+        return result
+
+
+class RowEngine(Engine):
+    """For heads of one or two layers."""
+
+    def __init__(self, state: HeadState, code: ModuleType) -> None:
+        super().__init__(state, code)
+        spec = state.spec
+        self._least, self._outputs, self.learns = state.least_quotient, spec.outputs, self.propagates
+        columns = len(state.mean) if spec.structure == "joint" else spec.shapes[0].size
+        two_dense = spec.structure in ("joint", "layer") and len(spec.shapes) == 2
+        self._workspace = np.empty((spec.shapes[0].n, columns) if two_dense else (0, 0))
+        self._has_form = two_dense and sum(block.numel() for block in state.cov) <= _LARGEST_FORM
+        self._form = _NOTHING
+        self._form_version = -1
+
+    def _between(self, blocks: list[Array]) -> Array:
+        return blocks[0] if blocks else _NOTHING
+
+    def propagate(self, features: Array) -> RowPass:
+        """See ``Engine``."""
+        result: RowPass
+        if len(features) == 1:
+            with plain_interrupts:
+                result = self._code.propagate(*self._posterior, self._workspace, features[0], self._outputs)
+            return result
+        from kbt_rl.inference import kernels_rows
+
+        mean, _, first, _, shapes = self._posterior
+        inputs = np.ones((len(features), features.shape[1] + 1))
+        inputs[:, :-1] = features
+        with plain_interrupts:
+            moments = self._code.unit_moments(mean, first, shapes, inputs) if len(shapes) == 2 else _NO_UNITS
+            result = kernels_rows.propagate(*self._posterior, inputs, moments, self._outputs)
+        return result
+
     def predict(self, centre: Array, scale: Array, outputs: Array, rows: Array) -> tuple[Array, Array]:
-        """Mean ``(N, o)`` and covariance ``(N, o, o)`` of the output for rows ``(N, d)``, float64, one by one.
+        """See ``Engine``.
 
         A dense covariance is halved to what predictions need of it, once after each change of the posterior. That
         takes as long as one forward pass, and a prediction by it a quarter.
-
-        Args:
-            centre: Mean of the features, ``(d,)``.
-            scale: Their scale, ``(d,)``.
-            outputs: What the outputs are multiplied by, ``(o,)``.
-            rows: As they come from the encoder.
         """
         moments: tuple[Array, Array]
         with plain_interrupts:
@@ -135,26 +180,12 @@ class RowEngine:
             moments = self._code.predict(*self._posterior, self._workspace, self._form, centre, scale, outputs, rows)
         return moments
 
-    def weight_step(
-        self, row: RowPass, mean_step: Array, factor: Array, signs: Array
-    ) -> tuple[Array, Array, float, float]:
-        """See ``kernels.weight_step``."""
-        _, _, cross, variances = row
-        step: tuple[Array, Array, float, float]
-        with plain_interrupts:
-            step = self._code.weight_step(cross, variances, mean_step, factor, signs, self._kept)
-        return step
-
     def acting_form(self) -> tuple[Array, Array, Array, Array]:
         """See ``kernels.acting_form``."""
         form: tuple[Array, Array, Array, Array]
         with plain_interrupts:
             form = self._code.acting_form(*self._posterior)
         return form
-
-    def commit(self, moved: Array, moves: Array, signs: Array) -> None:
-        """``mean += moved``, ``Sigma += V diag(signs) V'`` for ``V'`` of shape ``(q, P)``, not to be interrupted."""
-        self._change(self._code.commit, moved, moves, signs)
 
     def learn(
         self,
@@ -171,14 +202,37 @@ class RowEngine:
         )  # fmt: skip
         return record
 
-    def _change(self, code: Callable[..., Any], *arguments: Any) -> Any:
-        # Whoever caches what follows from the posterior watches this counter, which NumPy does not move. Before, so
-        # that an interrupt cannot leave a new posterior with the old number; after, for those in another thread.
-        increment_version(self._counter)
+
+class DeepEngine(Engine):
+    """For heads of three layers or more; of several rows a joint update goes the general way."""
+
+    def __init__(self, state: HeadState, code: ModuleType) -> None:
+        from kbt_rl.inference import kernels_deep
+
+        super().__init__(state, code)
+        self._code = kernels_deep
+
+    def _between(self, blocks: list[Array]) -> tuple[Array, ...]:
+        return tuple(blocks) or (_NOTHING,)
+
+    def takes(self, rows: int, outputs: int) -> bool:
+        """See ``Engine``."""
+        return rows == 1 and super().takes(rows, outputs)
+
+    def propagate(self, features: Array) -> RowPass:
+        """See ``Engine``, for one row."""
+        result: RowPass
+        (row,) = features
         with plain_interrupts:
-            result = code(*self._posterior, *arguments)
-        increment_version(self._counter)
+            result = self._code.propagate(*self._posterior, row)
         return result
+
+    def predict(self, centre: Array, scale: Array, outputs: Array, rows: Array) -> tuple[Array, Array]:
+        """See ``Engine``."""
+        moments: tuple[Array, Array]
+        with plain_interrupts:
+            moments = self._code.predict(*self._posterior, centre, scale, outputs, rows)
+        return moments
 
 
 class RowActor:
@@ -223,9 +277,9 @@ def actor(view: ActingView) -> RowActor | None:
     return None if code is None else RowActor(view, code)
 
 
-def engine(state: HeadState) -> RowEngine | None:
+def engine(state: HeadState) -> Engine | None:
     """The engine of a posterior, or None where there is no machine code for it."""
-    if state.mean.device.type != "cpu" or not 1 <= len(state.spec.shapes) <= 2:
+    code, layers = kernels(), len(state.spec.shapes)
+    if code is None or state.mean.device.type != "cpu" or layers == 0:
         return None
-    code = kernels()
-    return None if code is None else RowEngine(state, code)
+    return RowEngine(state, code) if layers <= 2 else DeepEngine(state, code)

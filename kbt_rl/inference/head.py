@@ -222,7 +222,7 @@ class BayesianHead(Posterior):
         count, before = len(all_rows), self._before()
         # What may need a repair goes by the increment that can hold one.
         engine = memory.state.engine if count == 1 and not memory.state.least_quotient else None
-        if engine is not None and engine.takes(self.out_features):
+        if engine is not None and engine.takes(1, self.out_features):
             belief = None if memory.noise_model is None else memory.belief()
             row = row_step(engine, all_rows, all_labels, self.rule, memory.noise_cov, belief, memory.weights())
             with self._changing():

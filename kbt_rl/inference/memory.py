@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kbt_rl.inference import compiled
 from kbt_rl.inference.acting import acting_view
+from kbt_rl.inference.compiled import RowEngine
 from kbt_rl.inference.conditioning import NoiseBelief
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
@@ -73,7 +74,7 @@ class Memory:
         # The one call that learns a row keeps no increment that a history could take back.
         plain = not recorded and noise_model is None and spec.outputs == 1 and rule.condition in (measure, replace)
         engine = self.state.engine if plain else None
-        self._row_engine = None if engine is None or not engine.propagates else engine
+        self._row_engine = engine if isinstance(engine, RowEngine) and engine.learns else None
         cached = sum(block.numel() for block in self.state.cov) <= _CACHED_ENTRIES
         self._most_rows = math.inf if cached else _FEW_ROWS
         self._replacing = rule.condition is replace
@@ -205,21 +206,22 @@ def prepare(structure: str, layers: int, propagates: bool, dtype: torch.dtype) -
     if engine is not None:
         zeros = np.zeros(len(mean))
         engine.commit(zeros, zeros[None], np.zeros(1))
+    units = np.zeros(1), np.ones(1), np.zeros(1, dtype=np.int64)
     if engine is not None and propagates:
         row_step(engine, np.zeros((1, 1)), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
-        units = np.zeros(1), np.ones(1), np.zeros(1, dtype=np.int64)
+        engine.predict(*units[:2], np.ones(1), np.zeros((1, 1)))
+    if isinstance(engine, RowEngine) and propagates:
         engine.learn(units, np.zeros(1), 0.0, 1.0, False)
         actor = compiled.actor(acting_view(state))
         if actor is not None:
             actor(*units[:2], np.zeros((1, 1)))
-        engine.predict(*units[:2], np.ones(1), np.zeros((1, 1)))
 
 
 @lru_cache(maxsize=16)
 def prepare_rows(structure: str, layers: int, propagates: bool, dtype: torch.dtype) -> None:
     """As ``prepare``, for joint updates of several rows."""
     engine = _smallest_state(structure, layers, dtype).engine
-    if engine is not None and propagates:
+    if engine is not None and propagates and engine.takes(2, 1):
         row_step(engine, np.zeros((2, 1)), np.zeros((2, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kbt_rl.inference.compiled import RowEngine, Units
+from kbt_rl.inference.compiled import Engine, RowEngine, Units
 from kbt_rl.inference.conditioning import NoiseBelief, condition, huge_values_refused
 from kbt_rl.inference.density import LOG_TWO_PI, scalar_log_density
 from kbt_rl.inference.moments import Gaussian
@@ -42,7 +42,7 @@ class RowStep(NamedTuple):
 
 
 def row_step(
-    engine: RowEngine,
+    engine: Engine,
     features: Array,
     target: Array,
     rule: OutputRule,
@@ -51,14 +51,14 @@ def row_step(
     weights: Tensor | None = None,
 ) -> RowStep:
     """``increment`` for rows ``(B, d)`` and their targets ``(B, o)``, with the forward pass in machine code."""
-    row = _forward(engine, features)
+    row = engine.propagate(features)
     if target.size == 1 and belief is not None:
         return _judged_scalar_step(engine, row, float(target[0, 0]), belief)
     if rule.condition is measure and belief is None:
         measured = _measured_step(engine, row, target, noise_cov, weights)
         if measured is not None:
             return measured
-        row = _forward(engine, features)  # once more, for the error that says what is wrong
+        row = engine.propagate(features)  # once more, for the error that says what is wrong
     output = Gaussian(torch.from_numpy(row[0]), torch.from_numpy(row[1]))
     step, info, noise = condition(output, torch.from_numpy(target), rule, noise_cov, belief, weights)
     factor = np.ascontiguousarray(step.cov_factor.numpy())
@@ -68,12 +68,8 @@ def row_step(
     return RowStep(moved, moves, step.signs.numpy(), info, noise)
 
 
-def _forward(engine: RowEngine, features: Array) -> RowPass:
-    return engine.propagate(features[0]) if len(features) == 1 else engine.propagate_rows(features)
-
-
 def _measured_step(
-    engine: RowEngine, row: RowPass, target: Array, noise_cov: Tensor, weights: Tensor | None
+    engine: Engine, row: RowPass, target: Array, noise_cov: Tensor, weights: Tensor | None
 ) -> RowStep | None:
     """The rule ``measure`` with Gaussian noise that is known; None where the covariance cannot be inverted.
 
@@ -101,7 +97,7 @@ def _measured_step(
     return RowStep(moved, row[2], np.full(target.size, -1.0), info)
 
 
-def _judged_scalar_step(engine: RowEngine, row: RowPass, target: float, belief: NoiseBelief) -> RowStep:
+def _judged_scalar_step(engine: Engine, row: RowPass, target: float, belief: NoiseBelief) -> RowStep:
     """The rule ``measure`` for one row and one output with a noise that is learned or has heavy tails."""
     estimate = belief.estimate
     noise = float(estimate.cov[0, 0])

@@ -83,7 +83,7 @@ class HeadStack:
         Float32 needs a repair now and then, which goes the general way.
         """
         engine = heads[0].state.engine
-        ready = engine is not None and engine.propagates and heads[0]._history is None
+        ready = engine is not None and engine.learns and heads[0]._history is None
         return ready and all(head.mean.device.type == "cpu" and head.mean.dtype == torch.float64 for head in heads)
 
     def __getitem__(self, name: str) -> Array:

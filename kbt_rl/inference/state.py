@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kbt_rl.inference import compiled, joint
-from kbt_rl.inference.compiled import RowEngine
+from kbt_rl.inference.compiled import Engine
 from kbt_rl.inference.structures import LAYERWISE
 from kbt_rl.inference.triangle import LayerShape
 
@@ -65,8 +65,8 @@ class HeadState:
         return [part.view(shape) for part, shape in zip(parts, self.spec.shapes, strict=True)]
 
     @cached_property
-    def engine(self) -> RowEngine | None:
-        """Machine code for one row at a time, bound to this posterior's memory; None where there is none."""
+    def engine(self) -> Engine | None:
+        """Machine code bound to this posterior's memory; None where there is none."""
         return compiled.engine(self)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _increment(
 ) -> Increment:
     """``increment`` of a posterior as it is."""
     engine = state.engine
-    if engine is not None and engine.takes(target.numel()):
+    if engine is not None and engine.takes(*target.shape):
         return row_step(engine, features.numpy(), target.numpy(), rule, noise_cov, belief, weights).as_increment()
     output, cross_cov = propagate(state, features)
     step, info, noise = condition(output, target, rule, noise_cov, belief, weights)
