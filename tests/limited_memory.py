@@ -30,7 +30,7 @@ def address_space() -> int:
 WAYS = {
     "one row": (1, 255, HeadConfig(structure="diagonal", width=2048)),
     "rows": (4, 255, HeadConfig(structure="diagonal", width=2048)),
-    "blocks": (40, 31, HeadConfig(structure="diagonal", width=128)),
+    "blocks": (40, 127, HeadConfig(structure="diagonal", width=512)),
 }
 
 
