@@ -408,3 +408,15 @@ def test_without_a_label_the_record_has_its_usual_fields() -> None:
     assert isinstance(info, KBTInfo)
     assert info.labels == 0
     assert np.isnan(info.nis)
+
+
+@pytest.mark.parametrize(("n_envs", "per_env", "wanted"), [(1, False, 0), (3, False, 1), (3, True, 0)])
+def test_machine_code_for_several_rows_is_there_before_the_first_step(
+    n_envs: int, per_env: bool, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = make_vec_env(NOMINAL, n_envs=n_envs)
+    model = KBT(env=env, policy_kwargs={"transformer": TINY}, seed=0, per_env=per_env)
+    steps_taken: list[int] = []
+    monkeypatch.setattr(type(model.policy.heads[0]), "prepare_rows", lambda _: steps_taken.append(model.num_timesteps))
+    model.learn(2 * n_envs)
+    assert steps_taken == [0] * wanted
