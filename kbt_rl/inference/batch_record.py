@@ -12,6 +12,7 @@ from kbt_rl.inference.density import LOG_TWO_PI
 from kbt_rl.inference.record import UpdateInfo
 
 Array = npt.NDArray[Any]
+_COUNTS = ("labels", "repairs")
 
 
 class BatchInfo(NamedTuple):
@@ -35,9 +36,10 @@ class BatchInfo(NamedTuple):
     @classmethod
     def empty(cls, heads: int) -> BatchInfo:
         """Of heads that have learned nothing yet."""
-        fields = {name: np.full(heads, np.nan) for name in UpdateInfo._fields}
-        counts = {name: np.zeros(heads, dtype=np.int64) for name in ("labels", "repairs")}
-        return cls(**{**fields, **counts}, refused={})
+        numbers = iter(np.full((len(UpdateInfo._fields), heads), np.nan))
+        counts = iter(np.zeros((2, heads), dtype=np.int64))
+        fields = {name: next(counts if name in _COUNTS else numbers) for name in UpdateInfo._fields}
+        return cls(**fields, refused={})
 
     def of(self, head: int) -> UpdateInfo:
         """The record of one head."""
