@@ -881,14 +881,16 @@ def _moved(cross: Array, variances: Array, change: float, root: float, kept: flo
 
 
 @_inlined
-def _weighed(cross: Array, variances: Array, after: Array, change: float, kept: float) -> tuple[float, float]:
-    """As ``_moved`` for independent weights, whose ``cross`` is still to be multiplied by their variances.
+def _weighed(
+    cross: Array, variances: Array, head: int, after: Array, change: float, kept: float
+) -> tuple[float, float]:
+    """As ``_moved`` for independent weights, whose ``cross`` is still to be multiplied by the variances of their head.
 
     ``after`` receives the variances after the step. What is NaN or infinite before it makes the sum so.
     """
     step, smallest, lost = 0.0, np.int64(_INFINITY_BITS), 1.0 - kept
     for i in range(cross.size):
-        before = variances[i]
+        before = variances[head, i]
         move = cross[i] * before
         cross[i] = move
         step += move
@@ -926,6 +928,8 @@ def learn_neurons(
     own, own_variances = cross[:hidden].reshape(n, k), variances[:hidden].reshape(n, k)
     own_above, variances_above = cross[hidden:].reshape(1, n + 1), variances[hidden:].reshape(1, n + 1)
     if firsts.ndim == 3:
+        below, above = cross[:hidden], cross[hidden:]
+        after_below, after_above = variances[:hidden], variances[hidden:]
         flat_firsts, flat_lasts = firsts.reshape(means.shape[0], hidden), lasts.reshape(means.shape[0], n + 1)
     inputs[d] = squares[d] = activation[n] = 1.0
     for r in range(heads.size):
@@ -972,8 +976,9 @@ def learn_neurons(
         done = inverted > 0.0 and variance <= _LARGEST * _LARGEST and abs(label) <= _LARGEST
         if firsts.ndim == 4:
             for j in range(n):
+                factor = gate[j]
                 for p in range(k):
-                    own[j, p] *= gate[j]
+                    own[j, p] *= factor
             if done and least > 0.0:  # ``diagonal`` has nothing to repair
                 covs = firsts[h], lasts[h]
                 done = _resolved(means[h], covs, firsts[h], shapes, inputs, cross, variances, least)
@@ -982,12 +987,14 @@ def learn_neurons(
             for j in range(n):
                 gate[j] = 0.0 if abs(root * gate[j]) <= _SMALLEST_GATE else gate[j]
                 own_above[0, j] = 0.0 if abs(root * activation[j]) <= _SMALLEST_GATE else activation[j]
+            for j in range(n):
+                factor = gate[j]
                 for p in range(k):
-                    own[j, p] = gate[j] * inputs[p]
+                    own[j, p] = factor * inputs[p]
             own_above[0, n] = 1.0
             # From here on the weights are a row of numbers, whatever unit they belong to.
-            step, smallest = _weighed(cross[:hidden], flat_firsts[h], variances[:hidden], change, kept)
-            step_above, smallest_above = _weighed(cross[hidden:], flat_lasts[h], variances[hidden:], change, kept)
+            step, smallest = _weighed(below, flat_firsts, h, after_below, change, kept)
+            step_above, smallest_above = _weighed(above, flat_lasts, h, after_above, change, kept)
             step, smallest = step + step_above, min(smallest, smallest_above)
             done = done and change - change == 0.0 and (change < 0.0 or _finite(variances))
         step *= gain
