@@ -204,11 +204,12 @@ def test_a_bad_variance_is_not_learned_from(bad: float, rule: Any, layer: int) -
 
 
 @pytest.mark.parametrize("rule", ["measure", "replace"])
-@pytest.mark.parametrize("size", [1e-305, 1e-310, 1e-322])
-def test_a_variance_next_to_nothing_leaves_finite_numbers(rule: Any, size: float) -> None:
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("size", [1e-160, 1e-305, 1e-310, 1e-322])
+def test_a_variance_next_to_nothing_leaves_finite_numbers(rule: Any, noise: float, size: float) -> None:
     batch, features = batch_of("diagonal", rule=rule), randn(HEADS, FEATURES, seed=1)
     for head in batch:
-        head.set_noise(0.0)
+        head.set_noise(noise)
         for block in head._cov():
             block.fill_(size)
     info = batch.update(features, batch(features))  # where nothing is to be learned, nothing else would tell
@@ -220,10 +221,11 @@ def test_units_that_are_all_but_switched_off(monkeypatch: pytest.MonkeyPatch) ->
     """Around where their moves become too small to be squared: as without machine code."""
     batch = batch_of("diagonal")
     for index, head in enumerate(batch):
-        hidden, _ = head.state.weights
-        hidden[:, :-1] = 0.0
-        hidden[:, -1] = -0.31 * torch.linspace(22.0 + index, 40.0, len(hidden), dtype=torch.float64)
-    heads = list(copy.deepcopy(batch))
+        hidden, last = head.state.weights
+        hidden[:, :-1] = 0.0  # so that the steps can be seen, however small
+        hidden[:, -1] = -torch.linspace(1.0 + index, 13.0, len(hidden), dtype=torch.float64)
+        last.fill_(0.5)
+    heads, steps = list(copy.deepcopy(batch)), []
     learn(batch, 1)
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "kernels", lambda: None)
@@ -231,6 +233,9 @@ def test_units_that_are_all_but_switched_off(monkeypatch: pytest.MonkeyPatch) ->
             plain = BayesianHead(FEATURES, 1, head.config)
             plain.load_state_dict(head.state_dict())
             plain.update(randn(HEADS, FEATURES, seed=1)[index : index + 1], randn(HEADS, 1, seed=2)[index : index + 1])
-            for ours, theirs in zip((batch[index].mean, *batch[index]._cov()), (plain.mean, *plain._cov()), strict=True):
-                scale = float(theirs.abs().max())
-                np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-10, atol=1e-10 * scale)
+            for ours, theirs in zip(batch[index]._cov(), plain._cov(), strict=True):
+                np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-10)
+            ours, theirs = (each.state.weights[0][:, :-1].numpy() for each in (batch[index], plain))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-130)
+            steps.append(np.abs(theirs))
+    assert np.concatenate(steps).min() < 1e-150 < 1e-50 < np.quantile(steps, 0.5)

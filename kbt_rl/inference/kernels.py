@@ -996,7 +996,7 @@ def learn_neurons(
             step, smallest = _weighed(below, flat_firsts, h, after_below, change, kept)
             step_above, smallest_above = _weighed(above, flat_lasts, h, after_above, change, kept)
             step, smallest = step + step_above, min(smallest, smallest_above)
-            done = done and change - change == 0.0 and (change < 0.0 or _finite(variances))
+            done = done and (-_FAR < change < 0.0 or _finite(variances))
         step *= gain
         total = step + gain * gain + variance
         done = done and smallest >= 0.0 and total - total == 0.0 and abs(step) <= _LARGEST
