@@ -210,6 +210,8 @@ def test_a_variance_next_to_nothing_leaves_finite_numbers(rule: Any, noise: floa
     batch, features = batch_of("diagonal", rule=rule), randn(HEADS, FEATURES, seed=1)
     for head in batch:
         head.set_noise(noise)
+        hidden, last = head.state.weights
+        hidden[:, :-1], hidden[:, -1], last[:] = 0.0, 1.0, 0.5  # every unit is on, so that no step is 0
         for block in head._cov():
             block.fill_(size)
     info = batch.update(features, batch(features))  # where nothing is to be learned, nothing else would tell

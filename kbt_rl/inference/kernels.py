@@ -904,7 +904,8 @@ def _weighed(
 @_compiled
 def _finite(values: Array) -> bool:
     total = _sum(values)
-    return total - total == 0.0
+    found: bool = total - total == 0.0
+    return found
 
 
 @_compiled_nogil

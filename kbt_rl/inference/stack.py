@@ -45,8 +45,9 @@ class HeadStack:
         code: The machine code.
 
     Attributes:
-        replaced, handed_out: See ``stacked_buffers.Watcher``; whoever caches what follows from a posterior is told by its version
-            counter, and to move a thousand counters that nobody watches takes as long as a hundred updates.
+        replaced, handed_out: See ``stacked_buffers.Watcher``. A cache of what follows from a posterior is told by the
+            version counter of its mean. To move a thousand counters that nobody can watch takes as long as a hundred
+            updates, so those of means that were never handed out stay.
     """
 
     def __init__(self, heads: Sequence[Posterior], code: ModuleType) -> None:

@@ -62,8 +62,13 @@ class StackedBuffers(dict[str, Any]):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return dict, (dict(self.items()),)
 
-    __getitem__, get, values, items = map(_watched, (dict.__getitem__, dict.get, dict.values, dict.items))
-    copy, __or__, __ror__ = map(_watched, (dict.copy, dict.__or__, dict.__ror__))
+    __getitem__ = _watched(dict.__getitem__)
+    __or__ = _watched(dict.__or__)
+    __ror__ = _watched(dict.__ror__)
+    copy = _watched(dict.copy)
+    get = _watched(dict.get)
+    values = _watched(dict.values)
+    items = _watched(dict.items)
     __setitem__ = _watched(dict.__setitem__, replaces=True)
     __delitem__ = _watched(dict.__delitem__, replaces=True)
     __ior__ = _watched(dict.__ior__, replaces=True)
