@@ -28,6 +28,7 @@ Shapes: TypeAlias = tuple[tuple[int, int, int], ...]
 
 _INV_SQRT2 = 1.0 / math.sqrt(2.0)
 _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
+_LOG_TWO_PI = math.log(2.0 * math.pi)
 # As in ``moments``: below and beyond these a ratio or its square leaves float64.
 _SMALLEST_SD = math.sqrt(np.finfo(np.float64).tiny)
 _FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
@@ -1022,6 +1023,28 @@ def learn_neurons(
                 for j in range(n + 1):
                     flat_lasts[h, j] = variances[hidden + j]
             labels_seen[h] += 1
+
+
+@_compiled_nogil
+def enter_records(
+    heads: Array, records: Array, labels: Array, noises: Array, innovation: Array, nis: Array, epistemic: Array,
+    predictive: Array, smallest: Array, counts: Array, weights: Array, log_density: Array,
+) -> int:  # fmt: skip
+    """``rows.learn_row``'s record of those of ``heads`` ``(R,)`` that have learned, into arrays ``(H,)``; their number.
+
+    ``records`` ``(R, 4)`` are those of ``learn_many``, ``labels`` and ``noises`` ``(H,)`` what it was given.
+    """
+    done = 0
+    for r in range(heads.size):
+        if records[r, 3] == 1.0:
+            h = heads[r]
+            error, variance = labels[h] - records[r, 0], records[r, 1] + noises[h]
+            innovation[h], nis[h] = abs(error), error * error / variance
+            epistemic[h], predictive[h], smallest[h] = records[r, 1], variance, records[r, 2]
+            counts[h], weights[h] = 1, 1.0
+            log_density[h] = -0.5 * (nis[h] + math.log(variance) + _LOG_TWO_PI)
+            done += 1
+    return done
 
 
 @_compiled

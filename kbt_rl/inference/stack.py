@@ -23,7 +23,7 @@ from kbt_rl.inference.stacked_buffers import StackedBuffers
 from kbt_rl.inference.triangle import neurons_per_row
 
 Array = npt.NDArray[Any]
-_TAKE_AT_ONCE = np.empty((0, 0))
+_TAKE_AT_ONCE, _NONE = np.empty((0, 0)), np.empty(0, dtype=np.int64)
 
 
 class Plan(NamedTuple):
@@ -140,12 +140,14 @@ class HeadStack:
     def learn(self, heads: Array, features: Array, target: Array, info: BatchInfo, threads: int) -> Array:
         """Update ``heads`` ``(R,)`` on their rows of ``(H, d)`` and ``(H, 1)``; returns those that are refused."""
         done = self._learn(heads, features, target, info, threads, _TAKE_AT_ONCE)
-        return heads[~done]
+        return _NONE if done is None else heads[~done]
 
     def plan(self, heads: Array, features: Array, target: Array, info: BatchInfo, threads: int) -> Plan:
         """What ``learn`` would do, for ``commit``; changes nothing but the record."""
         steps = np.empty((len(heads), 2 * self._posterior[0].shape[1] + 1))
         done = self._learn(heads, features, target, info, threads, steps)
+        if done is None:
+            return Plan(heads, steps, np.ones(len(heads), dtype=np.bool_))
         return Plan(heads[done], steps[done], done)
 
     def commit(self, plan: Plan, threads: int) -> None:
@@ -159,7 +161,8 @@ class HeadStack:
 
     def _learn(
         self, heads: Array, features: Array, target: Array, info: BatchInfo, threads: int, steps: Array
-    ) -> npt.NDArray[np.bool_]:
+    ) -> npt.NDArray[np.bool_] | None:
+        """Which were not refused, ``(R,)``; None if all were not, as they mostly are."""
         rows, records = _float64(features), np.empty((len(heads), 4))
         labels = _float64(target)[:, 0] / self["target_scale"][:, 0]
         noises = self["noise_cov"][:, 0, 0].copy()
@@ -183,12 +186,11 @@ class HeadStack:
             _share(threads, learn, heads)
         else:
             self._change(threads, learn, heads)
-        done: npt.NDArray[np.bool_] = records[:, 3] == 1.0
-        if len(heads) == len(labels) and done.all():
-            info.put_scalars(slice(None), records, labels, noises)
-        else:
-            info.put_scalars(heads[done], records[done], labels[heads[done]], noises[heads[done]])
-        return done
+        learned = self._code.enter_records(
+            heads, records, labels, noises, info.innovation, info.nis, info.epistemic_variance,
+            info.predictive_variance, info.smallest_variance, info.labels, info.label_weight, info.log_density,
+        )  # fmt: skip
+        return None if learned == len(heads) else records[:, 3] == 1.0
 
     def _change(self, threads: int, call: Callable[[slice], None], heads: Array) -> None:
         if self.handed_out:
