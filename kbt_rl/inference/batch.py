@@ -40,7 +40,8 @@ class HeadBatch(nn.ModuleList):
 
     Args:
         heads: Of the same sizes and configuration.
-        threads: Threads that share out the heads of one call; it starts them, and no global setting changes.
+        threads: Threads that share out the heads of one call, the caller's and others that wait for all such calls of
+            the process; no global setting changes.
 
     Raises:
         ValueError: No heads, or heads of different kinds.

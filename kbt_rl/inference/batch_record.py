@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kbt_rl.inference.density import LOG_TWO_PI
 from kbt_rl.inference.record import UpdateInfo
 
 Array = npt.NDArray[Any]
+_COUNTS = ("labels", "repairs")
 
 
 class BatchInfo(NamedTuple):
@@ -35,9 +35,10 @@ class BatchInfo(NamedTuple):
     @classmethod
     def empty(cls, heads: int) -> BatchInfo:
         """Of heads that have learned nothing yet."""
-        fields = {name: np.full(heads, np.nan) for name in UpdateInfo._fields}
-        counts = {name: np.zeros(heads, dtype=np.int64) for name in ("labels", "repairs")}
-        return cls(**{**fields, **counts}, refused={})
+        numbers = iter(np.full((len(UpdateInfo._fields), heads), np.nan))
+        counts = iter(np.zeros((2, heads), dtype=np.int64))
+        fields = {name: next(counts if name in _COUNTS else numbers) for name in UpdateInfo._fields}
+        return cls(**fields, refused={})
 
     def of(self, head: int) -> UpdateInfo:
         """The record of one head."""
@@ -48,23 +49,6 @@ class BatchInfo(NamedTuple):
         """Enter the record of one head."""
         for name, value in record._asdict().items():
             getattr(self, name)[head] = value
-
-    def put_scalars(self, heads: Array | slice, records: Array, labels: Array, noises: Array) -> None:
-        """Enter the records of heads of one output.
-
-        Args:
-            heads: Which, ``(R,)``, or a slice of all.
-            records: A ``ScalarRecord`` of each, ``(R, 4)``.
-            labels: In the heads' own units, ``(R,)``.
-            noises: Variances of the labels, ``(R,)``.
-        """
-        mean, variance, smallest, _ = records.T
-        innovation, predictive = labels - mean, variance + noises
-        nis = innovation * innovation / predictive
-        self.innovation[heads], self.nis[heads] = abs(innovation), nis
-        self.epistemic_variance[heads], self.predictive_variance[heads] = variance, predictive
-        self.smallest_variance[heads], self.labels[heads], self.label_weight[heads] = smallest, 1, 1.0
-        self.log_density[heads] = -0.5 * (nis + np.log(predictive) + LOG_TWO_PI)
 
     def merged(self) -> UpdateInfo:
         """One record of all heads that have learned.

@@ -28,6 +28,7 @@ Shapes: TypeAlias = tuple[tuple[int, int, int], ...]
 
 _INV_SQRT2 = 1.0 / math.sqrt(2.0)
 _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
+_LOG_TWO_PI = math.log(2.0 * math.pi)
 # As in ``moments``: below and beyond these a ratio or its square leaves float64.
 _SMALLEST_SD = math.sqrt(np.finfo(np.float64).tiny)
 _FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
@@ -41,6 +42,8 @@ _LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef
 _LARGEST = 1e25
 # The moves of a neuron that is all but switched off are smaller; their products would be subnormal numbers.
 _SMALLEST_MOVE = 1e-150
+# The same for all weights of a unit at once, whose moves are some variances times this.
+_SMALLEST_GATE = 1e-140
 
 # Sums may be reordered, so that they use vector instructions; NaN and infinity keep their meaning. In ``_in_order``
 # the order is what keeps the digits; ``_inlined`` is copied into each caller, whose loop can then be vectorised.
@@ -909,6 +912,34 @@ def _moved(cross: Array, variances: Array, change: float, root: float, kept: flo
     return step if largest < _INFINITY_BITS else np.nan, np.int64(smallest).view(np.float64)
 
 
+@_inlined
+def _weighed(
+    cross: Array, variances: Array, head: int, after: Array, change: float, kept: float
+) -> tuple[float, float]:
+    """As ``_moved`` for independent weights, whose ``cross`` is still to be multiplied by the variances of their head.
+
+    ``after`` receives the variances after the step. What is NaN or infinite before it makes the sum so.
+    """
+    step, smallest, lost = 0.0, np.int64(_INFINITY_BITS), 1.0 - kept
+    for i in range(cross.size):
+        before = variances[head, i]
+        move = cross[i] * before
+        cross[i] = move
+        step += move
+        new = before + change * move * move
+        after[i] = new
+        bits = np.float64(new - lost * before).view(np.int64)  # see ``_smallest``
+        smallest = bits if bits < smallest else smallest
+    return step, np.int64(smallest).view(np.float64)
+
+
+@_compiled
+def _finite(values: Array) -> bool:
+    total = _sum(values)
+    found: bool = total - total == 0.0
+    return found
+
+
 @_compiled_nogil
 def learn_neurons(
     means: Array, firsts: Array, lasts: Array, shapes: Shapes, centres: Array, scales: Array, labels_seen: Array,
@@ -924,49 +955,52 @@ def learn_neurons(
     outputs', ``(H, 1, n + 1, n + 1)`` or ``(H, 1, n + 1)``; ``least`` as in ``learn``, the rest as in ``learn_many``.
     """
     weights, n, k = means.shape[1], firsts.shape[1], firsts.shape[2]
-    hidden = n * k
-    inputs, activation, spread, gate = np.empty(k), np.empty(n + 1), np.empty(n), np.empty(n)
+    hidden, d = n * k, k - 1
+    inputs, squares, activation, spread, gate = np.empty(k), np.empty(k), np.empty(n + 1), np.empty(n), np.empty(n)
     cross, variances = np.empty(weights), np.empty(weights)
     own, own_variances = cross[:hidden].reshape(n, k), variances[:hidden].reshape(n, k)
     own_above, variances_above = cross[hidden:].reshape(1, n + 1), variances[hidden:].reshape(1, n + 1)
     if firsts.ndim == 3:
-        flat_firsts = firsts.reshape(means.shape[0], hidden)
-    inputs[k - 1] = activation[n] = 1.0
+        below, above = cross[:hidden], cross[hidden:]
+        after_below, after_above = variances[:hidden], variances[hidden:]
+        flat_firsts, flat_lasts = firsts.reshape(means.shape[0], hidden), lasts.reshape(means.shape[0], n + 1)
+    inputs[d] = squares[d] = activation[n] = 1.0
     for r in range(heads.size):
         h = heads[r]
-        mean, first, last = means[h], firsts[h], lasts[h]
-        below, above = mean[:hidden].reshape(n, k), mean[hidden:]
-        for p in range(k - 1):
+        for p in range(d):
             inputs[p] = (features[h, p] - centres[h, p]) / scales[h, p]
+            squares[p] = inputs[p] * inputs[p]
 
         if firsts.ndim == 4:
-            _project_neurons(first, inputs, own, own_variances)
+            _project_neurons(firsts[h], inputs, own, own_variances)
         for j in range(n):
-            logit = total = 0.0
-            for p in range(k):
-                logit += below[j, p] * inputs[p]
-                total += own[j, p] * inputs[p] if firsts.ndim == 4 else first[j, p] * (inputs[p] * inputs[p])
+            at = j * k
+            logit, total = means[h, at + d], 0.0
+            if firsts.ndim == 4:
+                for p in range(k):
+                    total += own[j, p] * inputs[p]
+                for p in range(d):
+                    logit += means[h, at + p] * inputs[p]
+            else:
+                total = flat_firsts[h, at + d]
+                for p in range(d):
+                    logit += means[h, at + p] * inputs[p]
+                    total += flat_firsts[h, at + p] * squares[p]
             activation[j], spread[j] = logit, total
         for j in range(n):
             activation[j], spread[j], gate[j], _ = _relu_unit(activation[j], spread[j])
         if firsts.ndim == 4:
-            _project_neurons(last, activation, own_above, variances_above)
+            _project_neurons(lasts[h], activation, own_above, variances_above)
         else:
             for j in range(n + 1):
-                own_above[0, j] = last[0, j] * activation[j]
-        out_mean, variance = above[n], own_above[0, n]
+                own_above[0, j] = flat_lasts[h, j] * activation[j]
+        out_mean, variance = means[h, hidden + n], own_above[0, n]
         for j in range(n):
-            out_mean += above[j] * activation[j]
-            last_variance = last[0, j, j] if firsts.ndim == 4 else last[0, j]
-            variance += own_above[0, j] * activation[j] + spread[j] * (above[j] * above[j] + last_variance)
-            gate[j] *= above[j]
-        for j in range(n):
-            factor = gate[j]
-            for p in range(k):
-                if firsts.ndim == 4:
-                    own[j, p] *= factor
-                else:
-                    own[j, p] = factor * (first[j, p] * inputs[p])
+            weight = means[h, hidden + j]
+            out_mean += weight * activation[j]
+            last_variance = lasts[h, 0, j, j] if firsts.ndim == 4 else flat_lasts[h, j]
+            variance += own_above[0, j] * activation[j] + spread[j] * (weight * weight + last_variance)
+            gate[j] *= weight
 
         label, noise = labels[h], noises[h]
         inverted = variance if replacing else variance + noise
@@ -974,13 +1008,28 @@ def learn_neurons(
         gain, root = (label - out_mean) / inverted, math.sqrt(abs(change))
         done = inverted > 0.0 and variance <= _LARGEST * _LARGEST and abs(label) <= _LARGEST
         if firsts.ndim == 4:
+            for j in range(n):
+                factor = gate[j]
+                for p in range(k):
+                    own[j, p] *= factor
             if done and least > 0.0:  # ``diagonal`` has nothing to repair
-                done = _resolved(mean, (first, last), first, shapes, inputs, cross, variances, least)
+                covs = firsts[h], lasts[h]
+                done = _resolved(means[h], covs, firsts[h], shapes, inputs, cross, variances, least)
             step, smallest = _moved(cross, variances, change, root, kept)
         else:
-            step, smallest = _moved(cross[:hidden], flat_firsts[h], change, root, kept)
-            step_above, smallest_above = _moved(cross[hidden:], last[0], change, root, kept)
+            for j in range(n):
+                gate[j] = 0.0 if abs(root * gate[j]) <= _SMALLEST_GATE else gate[j]
+                own_above[0, j] = 0.0 if abs(root * activation[j]) <= _SMALLEST_GATE else activation[j]
+            for j in range(n):
+                factor = gate[j]
+                for p in range(k):
+                    own[j, p] = factor * inputs[p]
+            own_above[0, n] = 1.0
+            # From here on the weights are a row of numbers, whatever unit they belong to.
+            step, smallest = _weighed(below, flat_firsts, h, after_below, change, kept)
+            step_above, smallest_above = _weighed(above, flat_lasts, h, after_above, change, kept)
             step, smallest = step + step_above, min(smallest, smallest_above)
+            done = done and (-_FAR < change < 0.0 or _finite(variances))
         step *= gain
         total = step + gain * gain + variance
         done = done and smallest >= 0.0 and total - total == 0.0 and abs(step) <= _LARGEST
@@ -993,19 +1042,40 @@ def learn_neurons(
             plan[r, 2 * weights] = math.copysign(1.0, change)
         elif done:
             for i in range(weights):
-                mean[i] += gain * cross[i]
+                means[h, i] += gain * cross[i]
             if firsts.ndim == 4:
                 for i in range(weights):
                     cross[i] *= root  # so that both halves of a block get the same product
-                _downdate_neurons(first, cross[:hidden], math.copysign(1.0, change))
-                _downdate_neurons(last, cross[hidden:], math.copysign(1.0, change))
+                _downdate_neurons(firsts[h], cross[:hidden], math.copysign(1.0, change))
+                _downdate_neurons(lasts[h], cross[hidden:], math.copysign(1.0, change))
             else:
-                flat = flat_firsts[h]
                 for i in range(hidden):
-                    flat[i] += change * cross[i] * cross[i]
+                    flat_firsts[h, i] = variances[i]
                 for j in range(n + 1):
-                    last[0, j] += change * own_above[0, j] * own_above[0, j]
+                    flat_lasts[h, j] = variances[hidden + j]
             labels_seen[h] += 1
+
+
+@_compiled_nogil
+def enter_records(
+    heads: Array, records: Array, labels: Array, noises: Array, innovation: Array, nis: Array, epistemic: Array,
+    predictive: Array, smallest: Array, counts: Array, weights: Array, log_density: Array,
+) -> int:  # fmt: skip
+    """``rows.learn_row``'s record of those of ``heads`` ``(R,)`` that have learned, into arrays ``(H,)``; their number.
+
+    ``records`` ``(R, 4)`` are those of ``learn_many``, ``labels`` and ``noises`` ``(H,)`` what it was given.
+    """
+    done = 0
+    for r in range(heads.size):
+        if records[r, 3] == 1.0:
+            h = heads[r]
+            error, variance = labels[h] - records[r, 0], records[r, 1] + noises[h]
+            innovation[h], nis[h] = abs(error), error * error / variance
+            epistemic[h], predictive[h], smallest[h] = records[r, 1], variance, records[r, 2]
+            counts[h], weights[h] = 1, 1.0
+            log_density[h] = -0.5 * (nis[h] + math.log(variance) + _LOG_TWO_PI)
+            done += 1
+    return done
 
 
 @_compiled

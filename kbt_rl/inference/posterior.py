@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES
 from kbt_rl.inference.prior import prior_cov, prior_means
 from kbt_rl.inference.state import HeadState
-
-if TYPE_CHECKING:
-    from kbt_rl.inference.stack import HeadStack
 
 
 class Posterior(nn.Module):
@@ -59,7 +56,6 @@ class Posterior(nn.Module):
         self._dtype: torch.dtype = getattr(torch, self.config.dtype)
         self._lock = threading.RLock()  # held while the posterior changes, and by whoever reads several parts of it
         self._bound: Memory | None = None
-        self._stack: HeadStack | None = None  # whose memory the buffers are on
         self._history = History(self.config.history) if self.config.history else None
         self.register_buffer("mean", torch.zeros(sum(self.spec.sizes), dtype=self._dtype))
         prior = self._prior_cov()
@@ -270,22 +266,13 @@ class Posterior(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # What is derived from the buffers is derived again from their copies, and a copy has a lock of its own.
         history = History(self.config.history) if self.config.history else None
-        state = {**self.__dict__, "_bound": None, "_stack": None, "_history": history}
+        state = {**self.__dict__, "_bound": None, "_history": history}
         del state["_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.RLock()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in self.__dict__.get("_buffers", ()):
-            self._leave_stack()
-
-    def _leave_stack(self) -> None:
-        if self._stack is not None:
-            self._stack.whole = False
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -298,7 +285,6 @@ class Posterior(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = _moved(buffer, fn(buffer).device)
-        self._leave_stack()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from operator import is_, itemgetter
+from operator import is_
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kbt_rl.inference.batch_record import BatchInfo
 from kbt_rl.inference.compiled import plain_interrupts
 from kbt_rl.inference.output import replace
+from kbt_rl.inference.pool import share
 from kbt_rl.inference.posterior import Posterior
 from kbt_rl.inference.record import kept
+from kbt_rl.inference.stacked_buffers import StackedBuffers
 from kbt_rl.inference.triangle import neurons_per_row
 
 Array = npt.NDArray[Any]
-_TAKE_AT_ONCE = np.empty((0, 0))
+_TAKE_AT_ONCE, _NONE = np.empty((0, 0)), np.empty(0, dtype=np.int64)
 
 
 class Plan(NamedTuple):
@@ -43,11 +45,16 @@ class HeadStack:
         code: The machine code.
 
     Attributes:
-        whole: Whether no head has left for memory of its own.
+        replaced, handed_out: See ``stacked_buffers.Watcher``. A cache of what follows from a posterior is told by the
+            version counter of its mean. To move a thousand counters that nobody can watch takes as long as a hundred
+            updates, so those of means that were never handed out stay.
     """
 
     def __init__(self, heads: Sequence[Posterior], code: ModuleType) -> None:
-        head, self._code, self._heads, self.whole = heads[0], code, tuple(heads), True
+        head, self._code, self._heads = heads[0], code, tuple(heads)
+        self.replaced = self._gone_through = object()
+        self.handed_out: dict[int, Tensor] = {}
+        self._tensors: list[tuple[Tensor, ...]] = []
         names = tuple(head._buffers)
         # A buffer that is made in inference mode could never be changed outside of it.
         with torch.inference_mode(False):
@@ -59,9 +66,9 @@ class HeadStack:
                 with each._lock:
                     for name, array in self._arrays.items():
                         each._buffers[name] = torch.from_numpy(array[index, ...])
-                    each._stack = self
-        self._parts = [each._buffers for each in heads]
-        self._counters = [each.mean for each in heads]
+                    buffers = StackedBuffers(each._buffers, self, index)
+                    each._buffers = buffers
+                self._tensors.append(tuple(dict.values(buffers)))
         spec, means = head.spec, self._arrays["mean"]
         layers, weights = len(spec.shapes), means.shape[1]
         covs = tuple(self._arrays[name] for name in head._cov_names)
@@ -93,11 +100,19 @@ class HeadStack:
     def holds(self, heads: tuple[Posterior, ...]) -> bool:
         """Whether these are the heads, and all their buffers still on this memory.
 
-        A head that gets another buffer says so; ``torch.func.functional_call``, which does not ask, swaps all of them.
+        A head that gets another buffer says so, see ``StackedBuffers``; then all are gone through, as that may be one
+        that it has had before.
         """
-        if not self.whole or heads != self._heads:  # modules are equal if they are the same
+        if heads != self._heads:  # modules are equal if they are the same
             return False
-        return all(map(is_, self._counters, map(itemgetter("mean"), self._parts)))
+        replaced = self.replaced
+        if replaced is not self._gone_through:
+            for head, tensors in zip(heads, self._tensors, strict=True):
+                found = tuple(dict.values(head._buffers))
+                if len(found) != len(tensors) or not all(map(is_, found, tensors)):
+                    return False
+            self._gone_through = replaced  # not what another thread may have replaced meanwhile
+        return True
 
     def means(self, features: Array, threads: int) -> Array:
         """Mean logits ``(H, o)`` for one row a head."""
@@ -125,12 +140,14 @@ class HeadStack:
     def learn(self, heads: Array, features: Array, target: Array, info: BatchInfo, threads: int) -> Array:
         """Update ``heads`` ``(R,)`` on their rows of ``(H, d)`` and ``(H, 1)``; returns those that are refused."""
         done = self._learn(heads, features, target, info, threads, _TAKE_AT_ONCE)
-        return heads[~done]
+        return _NONE if done is None else heads[~done]
 
     def plan(self, heads: Array, features: Array, target: Array, info: BatchInfo, threads: int) -> Plan:
         """What ``learn`` would do, for ``commit``; changes nothing but the record."""
         steps = np.empty((len(heads), 2 * self._posterior[0].shape[1] + 1))
         done = self._learn(heads, features, target, info, threads, steps)
+        if done is None:
+            return Plan(heads, steps, np.ones(len(heads), dtype=np.bool_))
         return Plan(heads[done], steps[done], done)
 
     def commit(self, plan: Plan, threads: int) -> None:
@@ -144,7 +161,8 @@ class HeadStack:
 
     def _learn(
         self, heads: Array, features: Array, target: Array, info: BatchInfo, threads: int, steps: Array
-    ) -> npt.NDArray[np.bool_]:
+    ) -> npt.NDArray[np.bool_] | None:
+        """Which were not refused, ``(R,)``; None if all were not, as they mostly are."""
         rows, records = _float64(features), np.empty((len(heads), 4))
         labels = _float64(target)[:, 0] / self["target_scale"][:, 0]
         noises = self["noise_cov"][:, 0, 0].copy()
@@ -168,30 +186,29 @@ class HeadStack:
             _share(threads, learn, heads)
         else:
             self._change(threads, learn, heads)
-        done: npt.NDArray[np.bool_] = records[:, 3] == 1.0
-        if len(heads) == len(labels) and done.all():
-            info.put_scalars(slice(None), records, labels, noises)
-        else:
-            info.put_scalars(heads[done], records[done], labels[heads[done]], noises[heads[done]])
-        return done
+        learned = self._code.enter_records(
+            heads, records, labels, noises, info.innovation, info.nis, info.epistemic_variance,
+            info.predictive_variance, info.smallest_variance, info.labels, info.label_weight, info.log_density,
+        )  # fmt: skip
+        return None if learned == len(heads) else records[:, 3] == 1.0
 
     def _change(self, threads: int, call: Callable[[slice], None], heads: Array) -> None:
-        counters = self._counters if len(heads) == len(self._counters) else [self._counters[i] for i in heads]
-        # Before, see ``RowEngine``; not once more after, for whoever caches what follows from a posterior does so under
-        # the lock, which the batch holds.
-        increment_version(counters)
+        if self.handed_out:
+            # Before, see ``RowEngine``; not once more after, for whoever caches what follows from a posterior does so
+            # under the lock, which the batch holds.
+            known = dict(self.handed_out)
+            increment_version([known[i] for i in heads.tolist() if i in known])
         _share(threads, call, heads)
 
 
 def _share(threads: int, call: Callable[[slice], None], items: Array) -> None:
     """Call with all items, or with a part of them in each of several threads."""
-    if threads == 1 or len(items) < threads:
-        with plain_interrupts:
+    with plain_interrupts:
+        if threads == 1 or len(items) < threads:
             call(slice(None))
-        return
-    bounds = np.linspace(0, len(items), threads + 1).astype(int)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(call, map(slice, bounds[:-1], bounds[1:])))
+        else:
+            bounds = [len(items) * part // threads for part in range(threads + 1)]
+            share(call, list(map(slice, bounds[:-1], bounds[1:])), threads)
 
 
 def _float64(values: Array) -> Array:
