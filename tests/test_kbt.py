@@ -415,7 +415,7 @@ def test_machine_code_for_several_rows_is_there_before_the_first_step(
     n_envs: int, per_env: bool, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     env = make_vec_env(NOMINAL, n_envs=n_envs)
-    model = KBT(env=env, policy_kwargs={"transformer": TINY}, seed=0, per_env=per_env)
+    model = KBT(env=env, seed=0, per_env=per_env)
     steps_taken: list[int] = []
     monkeypatch.setattr(type(model.policy.heads[0]), "prepare_rows", lambda _: steps_taken.append(model.num_timesteps))
     model.learn(2 * n_envs)

@@ -137,7 +137,7 @@ class RowEngine(Engine):
         self._least, self._outputs, self.learns = state.least_quotient, spec.outputs, self.propagates
         columns = len(state.mean) if spec.structure == "joint" else spec.shapes[0].size
         two_dense = spec.structure in ("joint", "layer") and len(spec.shapes) == 2
-        self._workspace = np.empty((spec.shapes[0].n, columns) if two_dense else (0, 0))
+        self._workspace = np.empty((spec.shapes[0].n, columns) if two_dense and spec.outputs > 1 else (0, 0))
         self._has_form = two_dense and sum(block.numel() for block in state.cov) <= _LARGEST_FORM
         self._form = _NOTHING
         self._form_version = -1

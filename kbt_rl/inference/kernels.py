@@ -263,7 +263,7 @@ def _two_layers_dense(
     per_row_last: int,
     projection: Array,
 ) -> RowPass:
-    """Two layers, see ``RowPass``.
+    """Two layers with several outputs, see ``RowPass``.
 
     ``between`` is ``Cov(w^2, w^1)``, ``(o (n+1), n k)``, or empty for ``layer``. ``projection`` is memory for
     ``Cov(theta, u^1)`` transposed, ``(n, P)``, for ``layer`` ``(n, n k)``: allocated anew it would take longer to
@@ -292,6 +292,108 @@ def _two_layers_dense(
                 _axpy(cross[j, hidden:], weights[j, q], shared[q])
             _axpy(cross[j, :hidden], weights[j, q] * slope[q], projection[q, :hidden])
     return out_mean, out_cov, cross, variances
+
+
+@_compiled
+def _gather(rows: Array, inputs: Array, gradient: Array, combined: Array, products: Array) -> None:
+    """``combined = rows' inputs`` and ``products = rows gradient`` by one reading of ``rows``, four of them at a time.
+
+    An index that is no loop's own variable could be negative for all numba knows, and what it does about that forbids
+    vector instructions; so a neuron's rows come as a matrix of their own.
+    """
+    k, width = rows.shape
+    whole = k - k % 4
+    for c in range(width):
+        combined[c] = 0.0
+    for p in range(0, whole, 4):
+        x0, x1, x2, x3 = inputs[p], inputs[p + 1], inputs[p + 2], inputs[p + 3]
+        t0 = t1 = t2 = t3 = 0.0
+        for c in range(width):
+            v0, v1, v2, v3, g = rows[p, c], rows[p + 1, c], rows[p + 2, c], rows[p + 3, c], gradient[c]
+            combined[c] += x0 * v0 + x1 * v1 + x2 * v2 + x3 * v3
+            t0 += v0 * g
+            t1 += v1 * g
+            t2 += v2 * g
+            t3 += v3 * g
+        products[p], products[p + 1], products[p + 2], products[p + 3] = t0, t1, t2, t3
+    for p in range(whole, k):
+        x0, t0 = inputs[p], 0.0
+        for c in range(width):
+            combined[c] += x0 * rows[p, c]
+            t0 += rows[p, c] * gradient[c]
+        products[p] = t0
+
+
+@_compiled
+def _two_layers_dense_scalar(
+    mean: Array, first: Array, last: Array, between: Array, features: Array, per_row: int
+) -> RowPass:
+    """``_two_layers_dense`` for one output: ``Cov(w, u^2)`` is ``Sigma`` times the gradient of the mean output.
+
+    So nothing is kept of ``Cov(w, u^1)``, and units that are off, in a signed start about a third of them, are left out
+    of what covaries: they do not, to the last bit.
+    """
+    inputs = _with_one(features)
+    k = inputs.size
+    n = (mean.size - 1) // (k + 1)
+    hidden = n * k
+    weights, above, second = mean[:hidden].reshape(n, k), mean[hidden:], last.reshape(n + 1, n + 1)
+    activation, spread, slope, curvature = np.empty(n + 1), np.empty(n), np.empty(n), np.empty(n)
+    gradient, active, count = np.empty(hidden), np.empty(n, np.int64), 0
+    _unit_variances(first, inputs, n, per_row, spread)
+    activation[n], out_mean, variance = 1.0, above[n], 0.0
+    for j in range(n):
+        activation[j], spread[j], slope[j], curvature[j] = _relu_unit(_dot(weights[j], inputs), spread[j])
+        out_mean += above[j] * activation[j]
+        variance += spread[j] * (above[j] * above[j] + second[j, j])
+        if slope[j] != 0.0:
+            active[count] = j
+            count += 1
+        for p in range(k):
+            gradient[j * k + p] = above[j] * slope[j] * inputs[p]
+
+    cross, variances = np.zeros((1, mean.size)), np.empty(mean.size)
+    combined, offset, upto, begin = np.empty(hidden), 0, 0, 0
+    for j in range(n):
+        begin = j if j == begin + per_row else begin  # the first neuron of the block row
+        width = min(begin + per_row, n) * k
+        rows = first[offset : offset + k * width].reshape(k, width)
+        offset += k * width
+        _gather(rows, inputs, gradient, combined, cross[0, j * k : (j + 1) * k])
+        for p in range(k):
+            variances[j * k + p] = rows[p, j * k + p]
+        if slope[j] == 0.0:
+            continue
+        _axpy(cross[0, : begin * k], above[j] * slope[j], combined)
+        for a in range(upto):
+            i = active[a]
+            entry = _dot(combined[i * k : (i + 1) * k], inputs)
+            entry *= slope[j] * slope[i] + 0.5 * entry * (curvature[j] * curvature[i])
+            variance += 2.0 * entry * (above[j] * above[i] + second[j, i])
+        upto += 1
+
+    for p in range(n + 1):
+        projected = _dot(second[p], activation)
+        cross[0, hidden + p], variances[hidden + p] = projected, second[p, p]
+        variance += activation[p] * projected
+    if between.size > 0:
+        shared = np.zeros((n, n))
+        for p in range(n + 1):
+            row = between[p]
+            _axpy(cross[0, :hidden], activation[p], row)
+            coupled = _dot(row, gradient)
+            cross[0, hidden + p] += coupled
+            variance += 2.0 * activation[p] * coupled
+            for a in range(count if p < n else 0):
+                q = active[a]
+                shared[p, q] = slope[q] * _dot(row[q * k : (q + 1) * k], inputs)
+        for p in range(n):
+            out_mean += shared[p, p]
+            for q in range(n):
+                variance += shared[p, q] * shared[q, p]
+    means, out_cov = np.empty(1), np.empty((1, 1))
+    means[0], out_cov[0, 0] = out_mean, variance
+    return means, out_cov, cross, variances
 
 
 @_compiled
@@ -600,7 +702,9 @@ def propagate(
     """Forward pass of a row ``(d,)``; ``first`` is ``covs[0]``, the rest as in ``_two_layers_dense``."""
     row: RowPass
     if first.ndim == 1:
-        if len(covs) == 2:
+        if len(covs) == 2 and o == 1:
+            row = _two_layers_dense_scalar(mean, first, covs[1], between, features, shapes[0][2])
+        elif len(covs) == 2:
             per_row = shapes[0][2], shapes[1][2]
             row = _two_layers_dense(mean, first, covs[1], between, features, o, per_row[0], per_row[1], workspace)
         else:

@@ -136,26 +136,50 @@ def _combine(rows: Array, inputs: Array, out: Array) -> None:
 
 
 @_compiled
-def _multiply(rows: Array, vectors: Array, out: Array, column: int) -> None:
-    """``out[q, column + p] = rows[p] . vectors[q]``, four rows at a time."""
+def _gather(rows: Array, inputs: Array, gradient: Array, combined: Array, products: Array) -> None:
+    """As ``kernels._gather``: ``combined = rows' inputs`` and ``products = rows gradient``."""
     k, width = rows.shape
     whole = k - k % 4
-    for q in range(vectors.shape[0]):
-        for p in range(0, whole, 4):
-            t0 = t1 = t2 = t3 = 0.0
-            for c in range(width):
-                value = vectors[q, c]
-                t0 += rows[p, c] * value
-                t1 += rows[p + 1, c] * value
-                t2 += rows[p + 2, c] * value
-                t3 += rows[p + 3, c] * value
-            at = column + p
-            out[q, at], out[q, at + 1], out[q, at + 2], out[q, at + 3] = t0, t1, t2, t3
-        for p in range(whole, k):
-            t0 = 0.0
-            for c in range(width):
-                t0 += rows[p, c] * vectors[q, c]
-            out[q, column + p] = t0
+    for c in range(width):
+        combined[c] = 0.0
+    for p in range(0, whole, 4):
+        x0, x1, x2, x3 = inputs[p], inputs[p + 1], inputs[p + 2], inputs[p + 3]
+        t0 = t1 = t2 = t3 = 0.0
+        for c in range(width):
+            v0, v1, v2, v3, g = rows[p, c], rows[p + 1, c], rows[p + 2, c], rows[p + 3, c], gradient[c]
+            combined[c] += x0 * v0 + x1 * v1 + x2 * v2 + x3 * v3
+            t0 += v0 * g
+            t1 += v1 * g
+            t2 += v2 * g
+            t3 += v3 * g
+        products[p], products[p + 1], products[p + 2], products[p + 3] = t0, t1, t2, t3
+    for p in range(whole, k):
+        x0, t0 = inputs[p], 0.0
+        for c in range(width):
+            combined[c] += x0 * rows[p, c]
+            t0 += rows[p, c] * gradient[c]
+        products[p] = t0
+
+
+@_compiled
+def _multiply(rows: Array, gradient: Array, products: Array) -> None:
+    """``products = rows gradient``, four rows at a time."""
+    k, width = rows.shape
+    whole = k - k % 4
+    for p in range(0, whole, 4):
+        t0 = t1 = t2 = t3 = 0.0
+        for c in range(width):
+            g = gradient[c]
+            t0 += rows[p, c] * g
+            t1 += rows[p + 1, c] * g
+            t2 += rows[p + 2, c] * g
+            t3 += rows[p + 3, c] * g
+        products[p], products[p + 1], products[p + 2], products[p + 3] = t0, t1, t2, t3
+    for p in range(whole, k):
+        t0 = 0.0
+        for c in range(width):
+            t0 += rows[p, c] * gradient[c]
+        products[p] = t0
 
 
 @_compiled
@@ -218,9 +242,11 @@ def _hidden_dense(
     for j in range(n):
         start, width = starts[j], widths[j]
         rows = flat[start : start + k * width].reshape(k, width)
-        _combine(rows, inputs, combined)
-        _multiply(rows, gradients, cross, j * k)
+        own = slice(j * k, (j + 1) * k)
         for b in range(count):
+            _gather(rows, inputs[b], gradients[b * o], combined[b], cross[b * o, own])
+            for a in range(1, o):
+                _multiply(rows, gradients[b * o + a], cross[b * o + a, own])
             for a in range(o):
                 factor = above[a, j] * slope[j, b]
                 for c in range(before[j]):

@@ -78,7 +78,7 @@ class HeadStack:
         self._neurons = spec.structure in ("neuron", "diagonal") and layers == 2 and spec.outputs == 1
         two_dense = spec.structure in ("joint", "layer") and layers == 2
         columns = weights if spec.structure == "joint" else spec.shapes[0].size
-        self._workspace_shape = (spec.shapes[0].n, columns) if two_dense else (0, 0)
+        self._workspace_shape = (spec.shapes[0].n, columns) if two_dense and spec.outputs > 1 else (0, 0)
         self._outputs = spec.outputs
         self._units = self._arrays["feature_mean"], self._arrays["feature_scale"]
         self._labels_seen, self._replacing = self._arrays["labels_seen"], head.rule.condition is replace
