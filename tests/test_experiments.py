@@ -16,14 +16,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import MACHINE_CODE
 from rich.console import Console
 from scipy import special
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
+from kbt_rl.agents.lqr import lqr_gain
 from kbt_rl.agents.sample import Sample
 from kbt_rl.envs.plant import NOMINAL, SHIFTED
-from kbt_rl.experiments import learners, single, trials
+from kbt_rl.experiments import learners, simulation, single, trials
 from kbt_rl.experiments.config import (
     FIRST_REPORTED_SEED,
     KBT_METHOD,
@@ -39,7 +41,7 @@ from kbt_rl.experiments.config import (
 )
 from kbt_rl.experiments.one_token import StackedTransformers
 from kbt_rl.experiments.runner import perform, read_results, result_path, run_all
-from kbt_rl.experiments.simulation import Outcome, expert_force, regret, simulate, starts
+from kbt_rl.experiments.simulation import Outcome, PlantBatch, expert_force, regret, simulate, starts
 from kbt_rl.experiments.timing import _Timed, encode_by_pytorch
 from kbt_rl.experiments.tune import score, tuning_plan
 from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
@@ -102,6 +104,29 @@ def test_simulation_agrees_with_the_environment() -> None:
             cost, done = cost + info["cost"], terminated or truncated
         assert bool(outcome.success[row]) == info["is_success"]
         assert outcome.cost[row] == pytest.approx(cost, rel=1e-5)
+
+
+@MACHINE_CODE
+def test_machine_code_moves_many_plants_as_arrays_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some episodes succeed, some fall, one policy gives no number."""
+    masses = np.array([[NOMINAL.pole_mass], [SHIFTED.pole_mass], [SHIFTED.pole_mass], [SHIFTED.pole_mass]])
+    lengths = np.array(
+        [[NOMINAL.pole_half_length], [SHIFTED.pole_half_length], [SHIFTED.pole_half_length], [SHIFTED.pole_half_length]]
+    )
+    plants = PlantBatch(np.ones((4, 1)), masses, lengths, np.array(9.8))
+    gains = np.stack([lqr_gain(NOMINAL)[0], lqr_gain(SHIFTED)[0], np.full(4, np.nan), lqr_gain(NOMINAL)[0]])
+
+    def force(states: Any) -> Any:
+        return -(states.astype(np.float64) @ gains[..., None])[..., 0]
+
+    initial = np.broadcast_to(2.0 * starts(2, 20), (4, 20, 4))
+    by_code = simulate(force, initial, plants)
+    monkeypatch.setattr(simulation, "_machine_code", lambda: None)
+    by_arrays = simulate(force, initial, plants)
+    assert np.array_equal(by_code.success, by_arrays.success)
+    assert by_code.success[:2].any(axis=1).all()
+    assert np.isinf(by_code.cost[2:]).all()
+    np.testing.assert_allclose(by_code.cost, by_arrays.cost, rtol=1e-9)
 
 
 def test_a_fall_costs_the_cap_and_the_expert_regrets_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,16 @@ def model_path(trial: Trial, models: Path | None) -> Path | None:
     return learners.pretrained_path(trial.pretrain_seed, trial.pretraining, models)
 
 
+@lru_cache(maxsize=64)
+def _expert_outcome(stream_seed: int, count: int) -> tuple[FloatArray, Outcome]:
+    """Starts, and what the expert makes of them; the trials of a stream share both."""
+    initial = starts(stream_seed, count)
+    return initial, simulate(expert_force(SHIFTED), initial, SHIFTED)
+
+
 def _evaluate(force: Force, trial: Trial, policies: int) -> Record:
     """Success rate and regret of each of ``policies`` snapshots, on the same starts as the expert."""
-    initial = starts(trial.stream_seed, trial.starts)
-    expert = simulate(expert_force(SHIFTED), initial, SHIFTED)
+    initial, expert = _expert_outcome(trial.stream_seed, trial.starts)
     outcome: Outcome = simulate(force, np.broadcast_to(initial, (policies, *initial.shape)), SHIFTED)
     return {
         "success": outcome.success.mean(axis=-1).tolist(),
