@@ -49,7 +49,7 @@ def run_trials(trials: Sequence[Trial], models: Path | None = None) -> list[Reco
 def run_trial(trial: Trial, models: Path | None = None) -> Record:
     """Run one trial, see ``run_trials``."""
     torch.manual_seed(trial.stream_seed)
-    run: Callable[[Trial, KBT], Record] = {
+    run: Callable[[Trial, OnlineAlgorithm], Record] = {
         "adapt": _adapt,
         "correlated": _correlated,
         "uncertainty": _uncertainty,
@@ -60,8 +60,8 @@ def run_trial(trial: Trial, models: Path | None = None) -> Record:
     return run(trial, _pretrained(trial, models))
 
 
-def _pretrained(trial: Trial, models: Path | None) -> KBT:
-    return learners.pretrain(trial.pretrain_seed, trial.pretraining, model_path(trial, models))
+def _pretrained(trial: Trial, models: Path | None) -> OnlineAlgorithm:
+    return learners.clone(trial.pretrain_seed, trial.pretraining, model_path(trial, models))
 
 
 def model_path(trial: Trial, models: Path | None) -> Path | None:
@@ -87,7 +87,7 @@ def _evaluate(force: Force, trial: Trial, policies: int) -> Record:
     }
 
 
-def _adapt(trial: Trial, pretrained: KBT) -> Record:
+def _adapt(trial: Trial, pretrained: OnlineAlgorithm) -> Record:
     """Success and regret against the number of i.i.d. labels."""
     kind = trial.method.kind
     if kind in ("expert", "linear_floor"):
@@ -100,7 +100,7 @@ def _adapt(trial: Trial, pretrained: KBT) -> Record:
     return _learn_and_evaluate(trial, learner, _iid_samples(trial))
 
 
-def _adapt_together(trials: Sequence[Trial], pretrained: Sequence[KBT]) -> list[Record]:
+def _adapt_together(trials: Sequence[Trial], pretrained: Sequence[OnlineAlgorithm]) -> list[Record]:
     """``_adapt`` for warm starts that differ in their seeds only, whose trainings then fall together."""
     waiting = [build(t.method, model, warm_start=WaitingWarmStart) for t, model in zip(trials, pretrained, strict=True)]
     courses = [_Course(t, learner, _iid_samples(t)) for t, learner in zip(trials, waiting, strict=True)]
@@ -177,7 +177,7 @@ def _mark_failure(record: Record, failed_after: int) -> None:
             record["regret"][index] = 99.0
 
 
-def _correlated(trial: Trial, pretrained: KBT) -> Record:
+def _correlated(trial: Trial, pretrained: OnlineAlgorithm) -> Record:
     """As ``_adapt``, with labels at i.i.d. states or at the states that the learning policy visits itself."""
     learner = build(trial.method, pretrained)
     if trial.stream == "iid":
@@ -220,7 +220,7 @@ class VisitedStates:
         return np.asarray(self._state[None], dtype=np.float32)
 
 
-def _uncertainty(trial: Trial, pretrained: KBT) -> Record:
+def _uncertainty(trial: Trial, pretrained: OnlineAlgorithm) -> Record:
     """Figure 5: predicted variance against iterations, then the error of the mean and the coverage of intervals."""
     learner = build(trial.method, pretrained, trial.noise_variance)
     assert isinstance(learner, KBT)
