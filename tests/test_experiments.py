@@ -275,12 +275,19 @@ def test_warm_starts_that_differ_in_their_seeds_make_a_batch() -> None:
     ]
     found = batches(plan)
     assert [trial for batch in found for trial in batch] == plan
-    assert [len(batch) for batch in found] == [1, 1, 1, 1, 2, 1, 1, 2, 1, 1]
+    assert [len(batch) for batch in found] == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_warm_starts_on_either_stream_make_a_batch() -> None:
+    correlated = [batch for batch in batches(reproduction_plan()) if batch[0].kind == "correlated"]
+    assert [len(batch) for batch in correlated] == [1] * 30 + [10]
+    assert {trial.stream for trial in correlated[-1]} == {"iid", "visited"}
 
 
 def test_learners_that_are_trained_together_become_what_they_become_alone(out: Path, monkeypatch: Any) -> None:
     base = dataclasses.replace(BASE, method=warm_start_method(5, 1e-3), checkpoints=(0, 4, 5, 12))
     plan = [dataclasses.replace(base, pretrain_seed=p, stream_seed=s) for p, s in ((0, 0), (1, 0), (1, 1))]
+    plan[2] = dataclasses.replace(plan[2], kind="correlated", stream="visited")
     seen: list[list[dict[str, torch.Tensor]]] = []
     evaluate = learners.batch_force
     monkeypatch.setattr(learners, "batch_force", lambda one, views: seen.append(views) or evaluate(one, views))
@@ -292,7 +299,9 @@ def test_learners_that_are_trained_together_become_what_they_become_alone(out: P
                 used = slice(2 * 16, None) if "in_proj" in name else ...
                 torch.testing.assert_close(found[name][used], weight[used], rtol=1e-3, atol=1e-4)
             assert float((found["linear.weight"] - before["linear.weight"]).abs().max()) > 1e-2
-    assert [record["success"] for record in records[0]] == [record["success"] for record in records[1]]
+    for name in ("success", "falls"):
+        assert [record.get(name) for record in records[0]] == [record.get(name) for record in records[1]]
+    assert [("falls" in record) for record in records[1]] == [False, False, True]
     assert not torch.equal(seen[4][2]["linear.weight"], seen[5][2]["linear.weight"])
 
 

@@ -97,13 +97,13 @@ def _adapt(trial: Trial, pretrained: OnlineAlgorithm) -> Record:
     if kind == "pretrained":
         force = learners.batch_force(learner, [learners.snapshot(learner)])
         return _constant(_evaluate(force, trial, 1), trial)
-    return _learn_and_evaluate(trial, learner, _iid_samples(trial))
+    return _learn_and_evaluate(trial, learner)
 
 
 def _adapt_together(trials: Sequence[Trial], pretrained: Sequence[OnlineAlgorithm]) -> list[Record]:
-    """``_adapt`` for warm starts that differ in their seeds only, whose trainings then fall together."""
+    """``_adapt`` or ``_correlated`` for warm starts of one memory, whose trainings then fall together."""
     waiting = [build(t.method, model, warm_start=WaitingWarmStart) for t, model in zip(trials, pretrained, strict=True)]
-    courses = [_Course(t, learner, _iid_samples(t)) for t, learner in zip(trials, waiting, strict=True)]
+    courses = [_Course(t, learner) for t, learner in zip(trials, waiting, strict=True)]
     for count in range(trials[0].samples + 1):
         for course in courses:
             course.advance(count)
@@ -121,14 +121,25 @@ def _iid_samples(trial: Trial) -> SampleOf:
     return lambda i: (states[i : i + 1], labels[i : i + 1])
 
 
+def _visited_samples(trial: Trial, walk: VisitedStates) -> SampleOf:
+    """Labels at the states of a walk, whatever their number."""
+    stream = LabelStream(trial)
+
+    def sample(index: int) -> tuple[npt.NDArray[Any], FloatArray]:
+        state = walk.next_state()
+        return state, stream.label(state)
+
+    return sample
+
+
 def _constant(record: Record, trial: Trial) -> Record:
     """A policy that does not learn has one value at every checkpoint."""
     repeated = {name: record[name] * len(trial.checkpoints) for name in ("success", "regret")}
     return {**record, **repeated, "checkpoints": list(trial.checkpoints)}
 
 
-def _learn_and_evaluate(trial: Trial, learner: OnlineAlgorithm, sample: SampleOf) -> Record:
-    course = _Course(trial, learner, sample)
+def _learn_and_evaluate(trial: Trial, learner: OnlineAlgorithm) -> Record:
+    course = _Course(trial, learner)
     for count in range(trial.samples + 1):
         course.advance(count)
     return course.record()
@@ -137,8 +148,10 @@ def _learn_and_evaluate(trial: Trial, learner: OnlineAlgorithm, sample: SampleOf
 class _Course:
     """A learner on its samples: update one by one, keep a snapshot at each checkpoint, evaluate the distinct ones."""
 
-    def __init__(self, trial: Trial, learner: OnlineAlgorithm, sample: SampleOf) -> None:
-        self._trial, self._learner, self._sample = trial, learner, sample
+    def __init__(self, trial: Trial, learner: OnlineAlgorithm) -> None:
+        self._trial, self._learner = trial, learner
+        self._walk = None if trial.stream == "iid" else VisitedStates(learner, trial.stream_seed)
+        self._sample = _iid_samples(trial) if self._walk is None else _visited_samples(trial, self._walk)
         self._snapshots: list[Any] = []
         self._used: list[int] = []
         self._fresh = True
@@ -166,7 +179,7 @@ class _Course:
         if failed_after is not None:
             _mark_failure(record, failed_after)
         record["failed_after"] = failed_after
-        return record
+        return record if self._walk is None else {**record, "falls": self._walk.falls}
 
 
 def _mark_failure(record: Record, failed_after: int) -> None:
@@ -179,17 +192,7 @@ def _mark_failure(record: Record, failed_after: int) -> None:
 
 def _correlated(trial: Trial, pretrained: OnlineAlgorithm) -> Record:
     """As ``_adapt``, with labels at i.i.d. states or at the states that the learning policy visits itself."""
-    learner = build(trial.method, pretrained)
-    if trial.stream == "iid":
-        return _learn_and_evaluate(trial, learner, _iid_samples(trial))
-    stream = LabelStream(trial)
-    walk = VisitedStates(learner, trial.stream_seed)
-
-    def sample(index: int) -> tuple[npt.NDArray[Any], FloatArray]:
-        state = walk.next_state()
-        return state, stream.label(state)
-
-    return {**_learn_and_evaluate(trial, learner, sample), "falls": walk.falls}
+    return _learn_and_evaluate(trial, build(trial.method, pretrained))
 
 
 class VisitedStates:
