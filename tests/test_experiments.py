@@ -25,7 +25,7 @@ from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import lqr_gain
 from kbt_rl.agents.sample import Sample
 from kbt_rl.envs.plant import NOMINAL, SHIFTED
-from kbt_rl.experiments import learners, simulation, single, trials
+from kbt_rl.experiments import learners, runner, simulation, single, trials
 from kbt_rl.experiments.config import (
     FIRST_REPORTED_SEED,
     KBT_METHOD,
@@ -195,6 +195,31 @@ def test_a_trial_is_a_pure_function(out: Path) -> None:
 
 def test_the_pretrained_policy_read_back_gives_the_same_trial(out: Path) -> None:
     assert trials.run_trial(BASE) == trials.run_trial(BASE, out / "models")
+
+
+def test_a_kept_clone_makes_the_same_model(tmp_path: Path) -> None:
+    made, read = (learners.pretrain(0, TINY, tmp_path / "models" / "clone.zip") for _ in range(2))
+    weights = read.policy.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in made.policy.state_dict().items())
+    assert made.stream_rng.random() == read.stream_rng.random()
+    assert made.pretrain_info == read.pretrain_info
+
+
+def test_cloning_waits_for_no_machine_code() -> None:
+    script = (
+        "import sys; from kbt_rl.agents.behaviour_cloning import PretrainConfig\n"
+        "from kbt_rl.experiments.learners import clone\n"
+        "clone(0, PretrainConfig(samples=50, steps=2)); print('numba' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_heads_of_one_depth_are_compiled_by_one_process() -> None:
+    groups = runner._by_depth(figure3_methods())
+    assert [[method.name for method in group] for group in groups] == [
+        ["KBT", "KBT as printed", "pre-trained"], ["linear layer (L = 1)"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", figure3_methods(), ids=lambda method: method.name)
