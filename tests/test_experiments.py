@@ -16,14 +16,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import MACHINE_CODE
 from rich.console import Console
 from scipy import special
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
+from kbt_rl.agents.lqr import lqr_gain
 from kbt_rl.agents.sample import Sample
 from kbt_rl.envs.plant import NOMINAL, SHIFTED
-from kbt_rl.experiments import learners, single, trials
+from kbt_rl.experiments import learners, runner, simulation, single, trials
 from kbt_rl.experiments.config import (
     FIRST_REPORTED_SEED,
     KBT_METHOD,
@@ -39,7 +41,7 @@ from kbt_rl.experiments.config import (
 )
 from kbt_rl.experiments.one_token import StackedTransformers
 from kbt_rl.experiments.runner import perform, read_results, result_path, run_all
-from kbt_rl.experiments.simulation import Outcome, expert_force, regret, simulate, starts
+from kbt_rl.experiments.simulation import Outcome, PlantBatch, expert_force, regret, simulate, starts
 from kbt_rl.experiments.timing import _Timed, encode_by_pytorch
 from kbt_rl.experiments.tune import score, tuning_plan
 from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
@@ -102,6 +104,29 @@ def test_simulation_agrees_with_the_environment() -> None:
             cost, done = cost + info["cost"], terminated or truncated
         assert bool(outcome.success[row]) == info["is_success"]
         assert outcome.cost[row] == pytest.approx(cost, rel=1e-5)
+
+
+@MACHINE_CODE
+def test_machine_code_moves_many_plants_as_arrays_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some episodes succeed, some fall, one policy gives no number."""
+    masses = np.array([[NOMINAL.pole_mass], [SHIFTED.pole_mass], [SHIFTED.pole_mass], [SHIFTED.pole_mass]])
+    lengths = np.array(
+        [[NOMINAL.pole_half_length], [SHIFTED.pole_half_length], [SHIFTED.pole_half_length], [SHIFTED.pole_half_length]]
+    )
+    plants = PlantBatch(np.ones((4, 1)), masses, lengths, np.array(9.8))
+    gains = np.stack([lqr_gain(NOMINAL)[0], lqr_gain(SHIFTED)[0], np.full(4, np.nan), lqr_gain(NOMINAL)[0]])
+
+    def force(states: Any) -> Any:
+        return -(states.astype(np.float64) @ gains[..., None])[..., 0]
+
+    initial = np.broadcast_to(2.0 * starts(2, 20), (4, 20, 4))
+    by_code = simulate(force, initial, plants)
+    monkeypatch.setattr(simulation, "_machine_code", lambda: None)
+    by_arrays = simulate(force, initial, plants)
+    assert np.array_equal(by_code.success, by_arrays.success)
+    assert by_code.success[:2].any(axis=1).all()
+    assert np.isinf(by_code.cost[2:]).all()
+    np.testing.assert_allclose(by_code.cost, by_arrays.cost, rtol=1e-9)
 
 
 def test_a_fall_costs_the_cap_and_the_expert_regrets_nothing() -> None:
@@ -170,6 +195,31 @@ def test_a_trial_is_a_pure_function(out: Path) -> None:
 
 def test_the_pretrained_policy_read_back_gives_the_same_trial(out: Path) -> None:
     assert trials.run_trial(BASE) == trials.run_trial(BASE, out / "models")
+
+
+def test_a_kept_clone_makes_the_same_model(tmp_path: Path) -> None:
+    made, read = (learners.pretrain(0, TINY, tmp_path / "models" / "clone.zip") for _ in range(2))
+    weights = read.policy.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in made.policy.state_dict().items())
+    assert made.stream_rng.random() == read.stream_rng.random()
+    assert made.pretrain_info == read.pretrain_info
+
+
+def test_cloning_waits_for_no_machine_code() -> None:
+    script = (
+        "import sys; from kbt_rl.agents.behaviour_cloning import PretrainConfig\n"
+        "from kbt_rl.experiments.learners import clone\n"
+        "clone(0, PretrainConfig(samples=50, steps=2)); print('numba' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_heads_of_one_depth_are_compiled_by_one_process() -> None:
+    groups = runner._by_depth(figure3_methods())
+    assert [[method.name for method in group] for group in groups] == [
+        ["KBT", "KBT as printed", "pre-trained"], ["linear layer (L = 1)"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", figure3_methods(), ids=lambda method: method.name)
@@ -250,12 +300,19 @@ def test_warm_starts_that_differ_in_their_seeds_make_a_batch() -> None:
     ]
     found = batches(plan)
     assert [trial for batch in found for trial in batch] == plan
-    assert [len(batch) for batch in found] == [1, 1, 1, 1, 2, 1, 1, 2, 1, 1]
+    assert [len(batch) for batch in found] == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_warm_starts_on_either_stream_make_a_batch() -> None:
+    correlated = [batch for batch in batches(reproduction_plan()) if batch[0].kind == "correlated"]
+    assert [len(batch) for batch in correlated] == [1] * 30 + [10]
+    assert {trial.stream for trial in correlated[-1]} == {"iid", "visited"}
 
 
 def test_learners_that_are_trained_together_become_what_they_become_alone(out: Path, monkeypatch: Any) -> None:
     base = dataclasses.replace(BASE, method=warm_start_method(5, 1e-3), checkpoints=(0, 4, 5, 12))
     plan = [dataclasses.replace(base, pretrain_seed=p, stream_seed=s) for p, s in ((0, 0), (1, 0), (1, 1))]
+    plan[2] = dataclasses.replace(plan[2], kind="correlated", stream="visited")
     seen: list[list[dict[str, torch.Tensor]]] = []
     evaluate = learners.batch_force
     monkeypatch.setattr(learners, "batch_force", lambda one, views: seen.append(views) or evaluate(one, views))
@@ -267,7 +324,9 @@ def test_learners_that_are_trained_together_become_what_they_become_alone(out: P
                 used = slice(2 * 16, None) if "in_proj" in name else ...
                 torch.testing.assert_close(found[name][used], weight[used], rtol=1e-3, atol=1e-4)
             assert float((found["linear.weight"] - before["linear.weight"]).abs().max()) > 1e-2
-    assert [record["success"] for record in records[0]] == [record["success"] for record in records[1]]
+    for name in ("success", "falls"):
+        assert [record.get(name) for record in records[0]] == [record.get(name) for record in records[1]]
+    assert [("falls" in record) for record in records[1]] == [False, False, True]
     assert not torch.equal(seen[4][2]["linear.weight"], seen[5][2]["linear.weight"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from kbt_rl.inference.moments import (
     Gaussian,
     gaussian_cdf,
+    gaussian_pdf,
     linear_cov,
     relu_mean,
     relu_moments,
@@ -90,6 +92,16 @@ def test_cdf_keeps_its_relative_accuracy_in_the_lower_tail(x: float) -> None:
     with mpmath.workdps(50):
         expected = float(mpmath.ncdf(x))
     assert float(gaussian_cdf(torch.tensor(x, dtype=torch.float64))) == pytest.approx(expected, rel=1e-12, abs=0.0)
+
+
+@pytest.mark.parametrize("function", [gaussian_pdf, gaussian_cdf])
+def test_what_nears_the_smallest_numbers_is_0(function: Callable[[Tensor], Tensor]) -> None:
+    points = torch.cat([torch.linspace(-60.0, 0.0, 60_001, dtype=torch.float64), torch.tensor([-1e300, -math.inf])])
+    values = function(points)
+    assert float(values[values > 0].min()) >= 1e-304
+    assert not values[points < -37.5].any()
+    assert (values[points > -37.2] > 0).all()
+    assert function(torch.tensor([math.nan], dtype=torch.float64)).isnan().all()
 
 
 # ReLU: identities and limits

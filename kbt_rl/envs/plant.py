@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kbt_rl.envs import motion
+
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Observation = npt.NDArray[np.float32]
@@ -32,7 +34,6 @@ By its momentum, a total mass of 1.1 kg gets no faster than 1090 m/s and no fart
 Swinging over the upright half-plane takes the nominal pole to some 30 rad/s, hence to 0.6 rad beyond horizontal in the
 step that ends the episode.
 """
-_SUBSTEPS = 2
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,7 @@ def dynamics(state: FloatArray, force: float | FloatArray, params: Plant) -> Flo
         Time derivative of the state, ``(..., 4)``.
     """
     x_dot, theta, theta_dot = state[..., 1], state[..., 2], state[..., 3]
-    sin, cos = np.sin(theta), np.cos(theta)
-    total_mass = params.cart_mass + params.pole_mass
-    moment = params.pole_mass * params.pole_half_length
-    push = (force + moment * theta_dot**2 * sin) / total_mass
-    inertia = params.pole_half_length * (
-        4.0 / 3.0 - params.pole_mass * cos**2 / total_mass
-    )  # of the rod, over its moment
-    theta_acc = (params.gravity * sin - cos * push) / inertia
-    x_acc = push - moment * theta_acc * cos / total_mass
-
+    x_acc, theta_acc = motion.accelerations(theta, theta_dot, force, *_constants(params))
     derivative = np.empty((*np.shape(x_acc), 4), dtype=np.result_type(x_acc))
     derivative[..., 0], derivative[..., 1], derivative[..., 2], derivative[..., 3] = x_dot, x_acc, theta_dot, theta_acc
     return derivative
@@ -139,14 +131,12 @@ def rk4_step(state: FloatArray, force: float | FloatArray, params: Plant, dt: fl
 
     The arguments and shapes are those of :func:`dynamics`; ``dt`` is in seconds, ``state`` is left alone.
     """
-    h = dt / _SUBSTEPS
-    for _ in range(_SUBSTEPS):
-        k1 = dynamics(state, force, params)
-        k2 = dynamics(state + h / 2 * k1, force, params)
-        k3 = dynamics(state + h / 2 * k2, force, params)
-        k4 = dynamics(state + h * k3, force, params)
-        state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return state
+    x, x_dot, theta, theta_dot = (state[..., i] for i in range(4))
+    return np.stack(motion.rk4(x, x_dot, theta, theta_dot, force, *_constants(params), dt), axis=-1)
+
+
+def _constants(params: Plant) -> tuple[motion.Values, motion.Values, motion.Values, motion.Values]:
+    return params.cart_mass, params.pole_mass, params.pole_half_length, params.gravity
 
 
 def linearize(params: InvertedPendulumParams) -> tuple[FloatArray, FloatArray]:

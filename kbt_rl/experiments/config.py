@@ -208,11 +208,11 @@ def _single(base: Trial, quick: bool) -> list[Trial]:
 
 
 def batches(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
-    """The trials in their order, those together that are run in one go: warm starts that differ in their seeds only."""
+    """The trials in their order, those together that are run in one go: warm starts but for their seeds and streams."""
     found: dict[str, list[Trial]] = {}
     for trial in trials:
-        shared = trial.kind == "adapt" and trial.method.kind == "warm_start"
-        key = replace(trial, pretrain_seed=0, stream_seed=0) if shared else trial
+        shared = trial.kind in ("adapt", "correlated") and trial.method.kind == "warm_start"
+        key = replace(trial, pretrain_seed=0, stream_seed=0, stream="iid") if shared else trial
         found.setdefault(digest(key), []).append(trial)
     return [tuple(batch) for batch in found.values()]
 

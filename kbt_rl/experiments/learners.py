@@ -33,24 +33,32 @@ FloatArray = npt.NDArray[np.float64]
 NOMINAL_ID = "kbt_rl/InvertedPendulum-v0"
 
 
-def pretrain(seed: int, config: PretrainConfig, path: Path | None = None) -> KBT:
-    """A KBT model cloned from the nominal expert; kept in ``path`` and read back from there if it exists."""
+def clone(seed: int, config: PretrainConfig, path: Path | None = None) -> WarmStart:
+    """The nominal expert cloned into a policy; kept in ``path`` and read back from there if it exists.
+
+    It has no head, whose machine code would have to be compiled before the first trial.
+    """
     if path is not None and path.exists():
-        return KBT.load(path)
+        return WarmStart.load(path)
     env = gym.make(NOMINAL_ID)
-    cloner = WarmStart(env=env, seed=seed)  # has no head, so that no compilation of its machine code is waited for
+    cloner = WarmStart(env=env, seed=seed)
     cloner.pretrain(LQRExpert.for_env(env), config, progress_bar=False)
-    model = KBT(env=env, seed=seed)
-    model.start_from(cloner)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        model.save(path)
+        cloner.save(path)
+    return cloner
+
+
+def pretrain(seed: int, config: PretrainConfig, path: Path | None = None) -> KBT:
+    """A KBT model with what ``clone`` returns for the same arguments."""
+    model = KBT(env=gym.make(NOMINAL_ID), seed=seed)
+    model.start_from(clone(seed, config, path))
     return model
 
 
 def pretrained_path(seed: int, config: PretrainConfig, models: Path | None) -> Path | None:
-    """Where a policy that ``pretrain`` makes is kept under a folder; nowhere if that is None."""
-    return None if models is None else models / f"pretrained-{seed}-{digest(config)}.zip"
+    """Where a policy that ``clone`` makes is kept under a folder; nowhere if that is None."""
+    return None if models is None else models / f"cloned-{seed}-{digest(config)}.zip"
 
 
 def head_config(method: Method) -> HeadConfig | None:
@@ -69,7 +77,7 @@ def prepare_heads(methods: Iterable[Method]) -> None:
 
 
 def build(
-    method: Method, pretrained: KBT, noise_variance: float = 0.0, warm_start: type[WarmStart] = WarmStart
+    method: Method, pretrained: OnlineAlgorithm, noise_variance: float = 0.0, warm_start: type[WarmStart] = WarmStart
 ) -> OnlineAlgorithm:
     """A learner of this method that starts as the pre-trained policy.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kbt_rl.models.decision_transformer import DecisionTransformerConfig
+from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
 
 
 class StackedTransformers:
@@ -22,7 +22,9 @@ class StackedTransformers:
         config: Their size.
 
     Attributes:
-        weights: The stacked entries of the state dicts, by name; those that are to be trained may require a gradient.
+        parts: The parameters by name, in the form that one product takes: matrices ``(S, inputs, outputs)``, vectors
+            ``(S, 1, size)``, of the attention only what makes the values. Others of these shapes may take their place.
+        action_scale: ``(S, 1, a)``.
 
     Raises:
         ValueError: Their context has more than one token.
@@ -32,12 +34,29 @@ class StackedTransformers:
         if config.context_length != 1 or config.target_return is not None:
             raise ValueError("stacked transformers take a context of one state; these have more tokens")
         self.config = config
-        self.weights = {name: torch.stack([each[name] for each in snapshots]) for name in snapshots[0]}
+        stacked = {name: torch.stack([each[name] for each in snapshots]) for name in snapshots[0]}
+        self._observation_scale = stacked["observation_scale"].unsqueeze(1)
+        self.action_scale = stacked["action_scale"].unsqueeze(1)
+        trained = {name: value[:, self._used(name)] for name, value in stacked.items() if "." in name}  # no buffers
+        self.parts = {
+            name: value.mT.contiguous() if value.ndim == 3 else value.unsqueeze(1) for name, value in trained.items()
+        }
+
+    def _used(self, name: str) -> slice:
+        """Which rows of a parameter a lone token makes use of."""
+        width = self.config.width
+        return slice(2 * width, 3 * width) if "in_proj" in name else slice(None)  # after queries and keys
+
+    @torch.no_grad()
+    def write(self, index: int, transformer: DecisionTransformer) -> None:
+        """Put the parameters of one of them into a transformer; what a lone token makes no use of stays there."""
+        for name, parameter in transformer.named_parameters():
+            part = self.parts[name][index]
+            parameter[self._used(name)].copy_(part.mT if parameter.ndim == 2 else part[0])
 
     def __call__(self, observations: Tensor) -> Tensor:
         """Actions of each transformer for observations of its own, ``(S, n, o)`` to ``(S, n, a)``."""
-        weights = self.weights
-        tokens = self._linear("embed_state.", observations / weights["observation_scale"].unsqueeze(1))
+        tokens = self._linear("embed_state.", observations / self._observation_scale)
         for depth in range(self.config.layers):
             layer = f"encoder.layers.{depth}."
             for norm, part in (("norm1", self._attention), ("norm2", self._feedforward)):
@@ -45,20 +64,17 @@ class StackedTransformers:
                     tokens = tokens + part(layer, self._norm(layer + norm, tokens))
                 else:
                     tokens = self._norm(layer + norm, tokens + part(layer, tokens))
-        return self._linear("linear.", tokens) * weights["action_scale"].unsqueeze(1)
+        return self._linear("linear.", tokens) * self.action_scale
 
     def _attention(self, layer: str, tokens: Tensor) -> Tensor:
-        values = slice(2 * self.config.width, 3 * self.config.width)  # after queries and keys
-        return self._linear(layer + "self_attn.out_proj.", self._linear(layer + "self_attn.in_proj_", tokens, values))
+        return self._linear(layer + "self_attn.out_proj.", self._linear(layer + "self_attn.in_proj_", tokens))
 
     def _feedforward(self, layer: str, tokens: Tensor) -> Tensor:
         return self._linear(layer + "linear2.", torch.relu(self._linear(layer + "linear1.", tokens)))
 
     def _norm(self, name: str, tokens: Tensor) -> Tensor:
         plain = functional.layer_norm(tokens, tokens.shape[-1:])
-        weights = self.weights
-        return torch.addcmul(weights[name + ".bias"].unsqueeze(1), plain, weights[name + ".weight"].unsqueeze(1))
+        return torch.addcmul(self.parts[name + ".bias"], plain, self.parts[name + ".weight"])
 
-    def _linear(self, prefix: str, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
-        weight, bias = self.weights[prefix + "weight"], self.weights[prefix + "bias"]
-        return torch.baddbmm(bias[:, rows].unsqueeze(1), inputs, weight[:, rows].mT)
+    def _linear(self, prefix: str, inputs: Tensor) -> Tensor:
+        return torch.baddbmm(self.parts[prefix + "bias"], inputs, self.parts[prefix + "weight"])

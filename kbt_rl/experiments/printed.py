@@ -7,6 +7,8 @@ from then on it counts as failed and keeps its last posterior.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,5 +65,5 @@ def _proper(weights: list[Tensor], cov: list[Tensor]) -> bool:
     """Whether an update left finite means and no negative variance."""
     if not weights:
         return False
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in (*weights, *cov))
+    finite = all(math.isfinite(tensor.sum()) for tensor in (*weights, *cov))  # one sum finds any NaN or infinity
     return finite and all(bool((block.diagonal() >= 0).all()) for block in cov)

@@ -11,16 +11,25 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from kbt_rl.agents.warm_start import WarmStart
+from kbt_rl.agents.behaviour_cloning import Array
+from kbt_rl.agents.warm_start import WarmStart, WarmStartInfo
 from kbt_rl.experiments.one_token import StackedTransformers
+from kbt_rl.models.context import ContextWindow
 
 
 class WaitingWarmStart(WarmStart):
-    """A learner that keeps a full memory until ``train_together`` is called, which has to be before the next label."""
+    """A learner that keeps a full memory until ``train_together`` is called, which has to be before the next label.
 
-    def _train_on_memory(self) -> float:
-        return math.nan
+    It does not tell the innovation, for which each state would go through the network once more.
+    """
+
+    def _update(self, context: ContextWindow, target: Array, features: Tensor | None, rows: Array) -> WarmStartInfo:
+        self._stored += [(context.rows(slice(i, i + 1)), target[i : i + 1]) for i in range(len(target))]
+        return WarmStartInfo(
+            labels=len(target), innovation=math.nan, memory=len(self._stored), trainings=int(self.full)
+        )
 
     @property
     def full(self) -> bool:
@@ -36,16 +45,26 @@ def train_together(learners: Sequence[WaitingWarmStart]) -> None:
     observations = torch.stack([inputs[0][:, -1] for inputs, _ in memories])
     targets = torch.cat([target for _, target in memories])
     stacked = StackedTransformers([each.state_dict() for each in transformers], first.policy.transformer_config)
-    trained = {name: stacked.weights[name].requires_grad_() for name, _ in transformers[0].named_parameters()}
-    unit = stacked.weights["action_scale"].repeat_interleave(observations.shape[1], dim=0)  # of each row
-    optimiser = torch.optim.Adam(trained.values(), lr=first.step_size, fused=True)
+    unit = stacked.action_scale[:, 0].repeat_interleave(observations.shape[1], dim=0)  # of each row
+    weights = _as_views_of_one(stacked)
+    optimiser = torch.optim.Adam([weights], lr=first.step_size, fused=True)
     for _ in range(first.epochs):
         loss = first.policy.actions.loss(stacked(observations).flatten(0, 1), targets, unit)
-        optimiser.zero_grad()
+        optimiser.zero_grad(set_to_none=False)
         (len(learners) * loss).backward()  # the mean over all rows is that of each learner over their number
         optimiser.step()
-    with torch.no_grad():
-        for index, (learner, transformer) in enumerate(zip(learners, transformers, strict=True)):
-            for name, weight in transformer.named_parameters():
-                weight.copy_(trained[name][index])
-            learner._forget_memory()
+    for index, (learner, transformer) in enumerate(zip(learners, transformers, strict=True)):
+        stacked.write(index, transformer)
+        learner._forget_memory()
+
+
+def _as_views_of_one(stacked: StackedTransformers) -> Tensor:
+    """One tensor of all weights and, as its ``grad``, of all gradients, so that a step of Adam is one operation."""
+    sizes = [part.numel() for part in stacked.parts.values()]
+    whole = torch.cat([part.flatten() for part in stacked.parts.values()])
+    whole.grad = torch.zeros_like(whole)
+    pairs = zip(whole.split(sizes), whole.grad.split(sizes), strict=True)
+    for (name, part), (weights, gradient) in zip(stacked.parts.items(), pairs, strict=True):
+        own = stacked.parts[name] = weights.view_as(part).detach().requires_grad_()
+        own.grad = gradient.view_as(part)  # which backward adds to in place
+    return whole

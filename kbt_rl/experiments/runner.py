@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kbt_rl.experiments.config import Trial, batches
-from kbt_rl.experiments.learners import prepare_heads, pretrain
+from kbt_rl.experiments.config import Method, Trial, batches
+from kbt_rl.experiments.learners import clone, head_config, prepare_heads
 from kbt_rl.experiments.trials import model_path, run_trials
 from kbt_rl.files import write_text
 
@@ -114,15 +114,20 @@ def _drain(
     out: Path,
     done: Callable[[Sequence[Trial]], None],
 ) -> None:
-    """First what the trials share: pre-trained policies, and machine code, compiled once; then the trials."""
+    """First what trials share: pre-trained policies, and machine code, each piece compiled once; then the trials.
+
+    Those that need no machine code do not wait for it.
+    """
     models = {model_path(trial, out / "models"): trial for batch in missing for trial in batch}
+    running: dict[Future[None], tuple[Trial, ...]] = {}
     try:
-        shared = [pool.submit(_pretrain, trial, out) for trial in models.values()]
-        if missing:
-            shared.append(pool.submit(prepare_heads, [batch[0].method for batch in missing]))
-        for ready in shared:
-            ready.result()
-        running: dict[Future[None], tuple[Trial, ...]] = {pool.submit(perform, batch, out): batch for batch in missing}
+        policies = [pool.submit(_clone, trial, out) for trial in models.values()]
+        codes = [pool.submit(prepare_heads, methods) for methods in _by_depth(batch[0].method for batch in missing)]
+        for shared, with_head in ((policies, False), (codes, True)):
+            for ready in shared:
+                ready.result()
+            waiting = [batch for batch in missing if (head_config(batch[0].method) is not None) == with_head]
+            running |= {pool.submit(perform, batch, out): batch for batch in waiting}
         failures: list[tuple[tuple[Trial, ...], BaseException]] = []
         while running:
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -141,8 +146,18 @@ def _drain(
         raise RuntimeError(f"{count} of the trials failed, first {first.id}: {error!r}") from error
 
 
-def _pretrain(trial: Trial, out: Path) -> None:
-    pretrain(trial.pretrain_seed, trial.pretraining, model_path(trial, out / "models"))
+def _clone(trial: Trial, out: Path) -> None:
+    clone(trial.pretrain_seed, trial.pretraining, model_path(trial, out / "models"))
+
+
+def _by_depth(methods: Iterable[Method]) -> list[list[Method]]:
+    """The methods with a head, those together whose machine code has parts in common; the longest to compile first."""
+    found: dict[int, list[Method]] = {}
+    for method in methods:
+        config = head_config(method)
+        if config is not None:
+            found.setdefault(config.layers, []).append(method)
+    return [found[layers] for layers in sorted(found, reverse=True)]
 
 
 def _one_thread() -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.transformer_policy import TransformerPolicy
@@ -92,7 +91,7 @@ class _PyTorchEncoder:
         return float(np.median(self._seconds[_TURN:]))
 
 
-def timing_record(trial: Trial, pretrained: KBT) -> dict[str, Any]:
+def timing_record(trial: Trial, pretrained: OnlineAlgorithm) -> dict[str, Any]:
     """Seconds per sample for the update alone and from sample to posterior, encoder included, by method."""
     timed = {method.name: _Timed(build(method, pretrained), _block(method)) for method in trial.methods}
     encoder = _PyTorchEncoder(pretrained.policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def run_trials(trials: Sequence[Trial], models: Path | None = None) -> list[Reco
 def run_trial(trial: Trial, models: Path | None = None) -> Record:
     """Run one trial, see ``run_trials``."""
     torch.manual_seed(trial.stream_seed)
-    run: Callable[[Trial, KBT], Record] = {
+    run: Callable[[Trial, OnlineAlgorithm], Record] = {
         "adapt": _adapt,
         "correlated": _correlated,
         "uncertainty": _uncertainty,
@@ -59,8 +60,8 @@ def run_trial(trial: Trial, models: Path | None = None) -> Record:
     return run(trial, _pretrained(trial, models))
 
 
-def _pretrained(trial: Trial, models: Path | None) -> KBT:
-    return learners.pretrain(trial.pretrain_seed, trial.pretraining, model_path(trial, models))
+def _pretrained(trial: Trial, models: Path | None) -> OnlineAlgorithm:
+    return learners.clone(trial.pretrain_seed, trial.pretraining, model_path(trial, models))
 
 
 def model_path(trial: Trial, models: Path | None) -> Path | None:
@@ -68,10 +69,16 @@ def model_path(trial: Trial, models: Path | None) -> Path | None:
     return learners.pretrained_path(trial.pretrain_seed, trial.pretraining, models)
 
 
+@lru_cache(maxsize=64)
+def _expert_outcome(stream_seed: int, count: int) -> tuple[FloatArray, Outcome]:
+    """Starts, and what the expert makes of them; the trials of a stream share both."""
+    initial = starts(stream_seed, count)
+    return initial, simulate(expert_force(SHIFTED), initial, SHIFTED)
+
+
 def _evaluate(force: Force, trial: Trial, policies: int) -> Record:
     """Success rate and regret of each of ``policies`` snapshots, on the same starts as the expert."""
-    initial = starts(trial.stream_seed, trial.starts)
-    expert = simulate(expert_force(SHIFTED), initial, SHIFTED)
+    initial, expert = _expert_outcome(trial.stream_seed, trial.starts)
     outcome: Outcome = simulate(force, np.broadcast_to(initial, (policies, *initial.shape)), SHIFTED)
     return {
         "success": outcome.success.mean(axis=-1).tolist(),
@@ -80,7 +87,7 @@ def _evaluate(force: Force, trial: Trial, policies: int) -> Record:
     }
 
 
-def _adapt(trial: Trial, pretrained: KBT) -> Record:
+def _adapt(trial: Trial, pretrained: OnlineAlgorithm) -> Record:
     """Success and regret against the number of i.i.d. labels."""
     kind = trial.method.kind
     if kind in ("expert", "linear_floor"):
@@ -90,13 +97,13 @@ def _adapt(trial: Trial, pretrained: KBT) -> Record:
     if kind == "pretrained":
         force = learners.batch_force(learner, [learners.snapshot(learner)])
         return _constant(_evaluate(force, trial, 1), trial)
-    return _learn_and_evaluate(trial, learner, _iid_samples(trial))
+    return _learn_and_evaluate(trial, learner)
 
 
-def _adapt_together(trials: Sequence[Trial], pretrained: Sequence[KBT]) -> list[Record]:
-    """``_adapt`` for warm starts that differ in their seeds only, whose trainings then fall together."""
+def _adapt_together(trials: Sequence[Trial], pretrained: Sequence[OnlineAlgorithm]) -> list[Record]:
+    """``_adapt`` or ``_correlated`` for warm starts of one memory, whose trainings then fall together."""
     waiting = [build(t.method, model, warm_start=WaitingWarmStart) for t, model in zip(trials, pretrained, strict=True)]
-    courses = [_Course(t, learner, _iid_samples(t)) for t, learner in zip(trials, waiting, strict=True)]
+    courses = [_Course(t, learner) for t, learner in zip(trials, waiting, strict=True)]
     for count in range(trials[0].samples + 1):
         for course in courses:
             course.advance(count)
@@ -114,14 +121,25 @@ def _iid_samples(trial: Trial) -> SampleOf:
     return lambda i: (states[i : i + 1], labels[i : i + 1])
 
 
+def _visited_samples(trial: Trial, walk: VisitedStates) -> SampleOf:
+    """Labels at the states of a walk, whatever their number."""
+    stream = LabelStream(trial)
+
+    def sample(index: int) -> tuple[npt.NDArray[Any], FloatArray]:
+        state = walk.next_state()
+        return state, stream.label(state)
+
+    return sample
+
+
 def _constant(record: Record, trial: Trial) -> Record:
     """A policy that does not learn has one value at every checkpoint."""
     repeated = {name: record[name] * len(trial.checkpoints) for name in ("success", "regret")}
     return {**record, **repeated, "checkpoints": list(trial.checkpoints)}
 
 
-def _learn_and_evaluate(trial: Trial, learner: OnlineAlgorithm, sample: SampleOf) -> Record:
-    course = _Course(trial, learner, sample)
+def _learn_and_evaluate(trial: Trial, learner: OnlineAlgorithm) -> Record:
+    course = _Course(trial, learner)
     for count in range(trial.samples + 1):
         course.advance(count)
     return course.record()
@@ -130,8 +148,10 @@ def _learn_and_evaluate(trial: Trial, learner: OnlineAlgorithm, sample: SampleOf
 class _Course:
     """A learner on its samples: update one by one, keep a snapshot at each checkpoint, evaluate the distinct ones."""
 
-    def __init__(self, trial: Trial, learner: OnlineAlgorithm, sample: SampleOf) -> None:
-        self._trial, self._learner, self._sample = trial, learner, sample
+    def __init__(self, trial: Trial, learner: OnlineAlgorithm) -> None:
+        self._trial, self._learner = trial, learner
+        self._walk = None if trial.stream == "iid" else VisitedStates(learner, trial.stream_seed)
+        self._sample = _iid_samples(trial) if self._walk is None else _visited_samples(trial, self._walk)
         self._snapshots: list[Any] = []
         self._used: list[int] = []
         self._fresh = True
@@ -159,7 +179,7 @@ class _Course:
         if failed_after is not None:
             _mark_failure(record, failed_after)
         record["failed_after"] = failed_after
-        return record
+        return record if self._walk is None else {**record, "falls": self._walk.falls}
 
 
 def _mark_failure(record: Record, failed_after: int) -> None:
@@ -170,19 +190,9 @@ def _mark_failure(record: Record, failed_after: int) -> None:
             record["regret"][index] = 99.0
 
 
-def _correlated(trial: Trial, pretrained: KBT) -> Record:
+def _correlated(trial: Trial, pretrained: OnlineAlgorithm) -> Record:
     """As ``_adapt``, with labels at i.i.d. states or at the states that the learning policy visits itself."""
-    learner = build(trial.method, pretrained)
-    if trial.stream == "iid":
-        return _learn_and_evaluate(trial, learner, _iid_samples(trial))
-    stream = LabelStream(trial)
-    walk = VisitedStates(learner, trial.stream_seed)
-
-    def sample(index: int) -> tuple[npt.NDArray[Any], FloatArray]:
-        state = walk.next_state()
-        return state, stream.label(state)
-
-    return {**_learn_and_evaluate(trial, learner, sample), "falls": walk.falls}
+    return _learn_and_evaluate(trial, build(trial.method, pretrained))
 
 
 class VisitedStates:
@@ -213,7 +223,7 @@ class VisitedStates:
         return np.asarray(self._state[None], dtype=np.float32)
 
 
-def _uncertainty(trial: Trial, pretrained: KBT) -> Record:
+def _uncertainty(trial: Trial, pretrained: OnlineAlgorithm) -> Record:
     """Figure 5: predicted variance against iterations, then the error of the mean and the coverage of intervals."""
     learner = build(trial.method, pretrained, trial.noise_variance)
     assert isinstance(learner, KBT)

@@ -117,5 +117,15 @@ def view_mean(view: ActingView, features: Tensor) -> Tensor:
 
 
 def _products(inputs: Tensor) -> Tensor:
-    """``z_p z_q`` with ``p <= q`` in the order of ``_pairs``, ``(..., k (k+1) / 2)``; slices, as indices are slow."""
-    return torch.cat([inputs[..., p : p + 1] * inputs[..., p:] for p in range(inputs.shape[-1])], dim=-1)
+    """``z_p z_q`` with ``p <= q`` in the order of ``_pairs``, ``(..., k (k+1) / 2)``.
+
+    Computed along the rows, which are many where this takes time: along ``q`` there would be a few numbers at a time.
+    """
+    k = inputs.shape[-1]
+    columns = inputs.reshape(-1, k).mT.contiguous()
+    out = inputs.new_empty(k * (k + 1) // 2, columns.shape[1])
+    start = 0
+    for p in range(k):
+        torch.mul(columns[p], columns[p:], out=out[start : start + k - p])
+        start += k - p
+    return out.view(-1, *inputs.shape[:-1]).movedim(0, -1)

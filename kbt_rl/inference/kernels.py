@@ -50,6 +50,7 @@ _SMALLEST_GATE = 1e-140
 _compiled = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 _in_order = njit(cache=True, fastmath={"contract"}, error_model="numpy")
 _inlined = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy", inline="always")
+# A number in the source is a type of its own to numba, for which callees are compiled once more: hence np.int64(0).
 _compiled_nogil = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy", nogil=True)
 
 
@@ -247,8 +248,8 @@ def _linear_dense(mean: Array, cov: Array, features: Array, o: int, per_row: int
     """One layer, see ``RowPass``."""
     inputs = _with_one(features)
     cross, variances = np.empty((o, mean.size)), np.empty(mean.size)
-    _project_triangle(cov, inputs, o, per_row, cross, 0, variances)
-    return _matvec(mean.reshape(o, inputs.size), inputs), _logits_cov(cross, inputs, 0), cross, variances
+    _project_triangle(cov, inputs, o, per_row, cross, np.int64(0), variances)
+    return _matvec(mean.reshape(o, inputs.size), inputs), _logits_cov(cross, inputs, np.int64(0)), cross, variances
 
 
 @_compiled
@@ -275,8 +276,10 @@ def _two_layers_dense(
     inputs, weights = _with_one(features), mean[hidden:].reshape(o, n + 1)
 
     variances = np.empty(mean.size)
-    _project_triangle(first, inputs, n, per_row_first, projection, 0, variances)
-    z_mean, z_cov, slope = _relu_dense(_matvec(mean[:hidden].reshape(n, k), inputs), _logits_cov(projection, inputs, 0))
+    start = np.int64(0)
+    _project_triangle(first, inputs, n, per_row_first, projection, start, variances)
+    u_cov = _logits_cov(projection, inputs, start)
+    z_mean, z_cov, slope = _relu_dense(_matvec(mean[:hidden].reshape(n, k), inputs), u_cov)
 
     activation = _with_one(z_mean)
     cross = np.zeros((o, mean.size))
@@ -651,7 +654,7 @@ def _scalar_step(
 
 @_compiled
 def _commit_dense(covs: tuple[Array, ...], between: Array, shapes: Shapes, moves: Array, signs: Array) -> None:
-    start = 0
+    start = np.int64(0)
     for depth in range(len(covs)):
         n, k, per_row = shapes[depth]
         _downdate_triangle(covs[depth], moves, start, signs, n, k, per_row)
@@ -907,8 +910,8 @@ def _row_moments(
                 total += by_unit[r, active[a], p] * inputs[p]
             shared[active[a], r] = slope[active[a]] * total
     weights = mean[n * k :].reshape(o, n + 1)
-    cross, variances = np.empty((o, weights.size)), np.empty(weights.size)
-    out_mean, out_cov = _outputs(weights, cov, per_row, _with_one(z_mean), z_cov, shared, cross, 0, variances)
+    cross, variances, start = np.empty((o, weights.size)), np.empty(weights.size), np.int64(0)
+    out_mean, out_cov = _outputs(weights, cov, per_row, _with_one(z_mean), z_cov, shared, cross, start, variances)
     return out_mean, out_cov
 
 
@@ -989,7 +992,8 @@ def _step(
     moved: Array, moves: Array,
 ) -> tuple[ScalarRecord, float]:  # fmt: skip
     """Everything of an update of one output that can be refused, see ``_scalar_step``; ``inputs`` is ``[z; 1]``."""
-    row = propagate(mean, covs, first, between, shapes, workspace, inputs[:-1], 1)
+    outputs = shapes[len(shapes) - 1][0]
+    row = propagate(mean, covs, first, between, shapes, workspace, inputs[:-1], outputs)
     mean_out, variance, cross, variances = row[0][0], row[1][0, 0], row[2][0], row[3]
     resolved = least == 0.0 or _resolved(mean, covs, first, shapes, inputs, cross, variances, least)
     record, sign = _scalar_step(mean_out, variance, cross, variances, label, noise, replacing, kept, moved, moves)

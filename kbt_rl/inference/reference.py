@@ -25,7 +25,7 @@ Cross = Literal["full", "diagonal"]
 class _LayerRecord(NamedTuple):
     """Prior moments of one layer in one step."""
 
-    inputs: Tensor  # z~ of the layer, (B, k)
+    weight_cross: Tensor  # Cov(w, u) with columns ordered row by row, (n k, B n); Eq. (46)
     logits: Gaussian  # u, (B n,)
     activation: Gaussian | None  # z = relu(u), None for the last layer
     slope: Tensor | None
@@ -67,10 +67,9 @@ def rts_update(
             after = _through_relu(record, after, cross, inverse)
         logits = record.logits
         mean_change, cov_change = after.mean - logits.mean, after.cov - logits.cov
-        weight_cross = _weight_cross_cov(cov[depth], weight, record.inputs)
-        gain = weight_cross @ inverse(logits.cov)  # (40)
+        gain = record.weight_cross @ inverse(logits.cov)  # (40)
         new_weights[depth] = weight + (gain @ mean_change).view_as(weight)  # (41)
-        new_cov[depth] = cov[depth] + gain @ cov_change @ gain.mT  # (42)
+        new_cov[depth] = torch.addmm(cov[depth], gain @ cov_change, gain.mT)  # (42)
         if depth:
             below = records[depth - 1].activation
             assert below is not None
@@ -89,13 +88,14 @@ def _forward(
     for depth, (weight, weight_cov) in enumerate(zip(weights, cov, strict=True)):
         n, k = weight.shape
         projection = (weight_cov.reshape(-1, k) @ inputs.mT).view(n * k, n, -1)
+        weight_cross = projection.mT.reshape(n * k, -1)
         weight_term = dense_output_cov(weight_cov, projection, inputs, input_cov)
         logits = Gaussian((inputs @ weight.mT).flatten(), linear_cov(weight, weight_term, input_cov))
         if depth == len(weights) - 1:
-            records.append(_LayerRecord(inputs, logits, None, None))
+            records.append(_LayerRecord(weight_cross, logits, None, None))
             break
         activation = relu_moments(logits, relu_order)
-        records.append(_LayerRecord(inputs, logits, activation.output, activation.slope))
+        records.append(_LayerRecord(weight_cross, logits, activation.output, activation.slope))
         inputs, input_cov = augment(activation.output.mean.view(-1, n)), activation.output.cov
     return records
 
@@ -113,12 +113,6 @@ def _through_relu(record: _LayerRecord, after: Gaussian, cross: Cross, inverse: 
         logits.mean + gain @ (after.mean - activation.mean),
         logits.cov + gain @ (after.cov - activation.cov) @ gain.mT,
     )
-
-
-def _weight_cross_cov(cov: Tensor, weight: Tensor, inputs: Tensor) -> Tensor:
-    """``Cov(w, u) = Sigma (I (x) z~)`` with columns ordered row by row, ``(n k, B n)``; Eq. (46)."""
-    n, k = weight.shape
-    return torch.einsum("alp,bp->abl", cov.view(n * k, n, k), inputs).reshape(n * k, -1)
 
 
 def _input_cross_cov(input_cov: Tensor, weight: Tensor, rows: int) -> Tensor:
