@@ -106,7 +106,8 @@ def test_callers_share_the_threads() -> None:
 @MACHINE_CODE
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGINT], ids=["SIGALRM", "SIGINT"])
-def test_an_interrupt_leaves_each_head_before_or_after(together: bool, number: signal.Signals) -> None:
+@pytest.mark.parametrize("attempts", [60, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_an_interrupt_leaves_each_head_before_or_after(together: bool, number: signal.Signals, attempts: int) -> None:
     batch, (features, target), caught = batch_of(), rows(1), 0
     batch.update(features, target)
     twins = copy.deepcopy(batch)
@@ -115,7 +116,7 @@ def test_an_interrupt_leaves_each_head_before_or_after(together: bool, number: s
     main = threading.main_thread().ident
     assert main is not None
     with raising(number):
-        for attempt in range(300):
+        for attempt in range(attempts):
             before = old
             twins.update(features, target, together=together)
             after = bits(twins)
