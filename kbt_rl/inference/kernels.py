@@ -45,7 +45,9 @@ _SMALLEST_MOVE = 1e-150
 # The same for all weights of a unit at once, whose moves are some variances times this.
 _SMALLEST_GATE = 1e-140
 
-# Sums may be reordered, so that they use vector instructions; NaN and infinity keep their meaning. In ``_in_order``
+# Sums may be reordered, so that they use vector instructions; NaN and infinity keep their meaning. A loop that adds up
+# stores nothing: one that does both is compiled twice, with vector instructions and without, and where its arrays lie
+# decides at run time in which of the two orders it adds (``tests/test_bits.py``). In ``_in_order``
 # the order is what keeps the digits; ``_inlined`` is copied into each caller, whose loop can then be vectorised.
 _compiled = njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 _in_order = njit(cache=True, fastmath={"contract"}, error_model="numpy")
@@ -312,17 +314,19 @@ def _gather(rows: Array, inputs: Array, gradient: Array, combined: Array, produc
         x0, x1, x2, x3 = inputs[p], inputs[p + 1], inputs[p + 2], inputs[p + 3]
         t0 = t1 = t2 = t3 = 0.0
         for c in range(width):
-            v0, v1, v2, v3, g = rows[p, c], rows[p + 1, c], rows[p + 2, c], rows[p + 3, c], gradient[c]
-            combined[c] += x0 * v0 + x1 * v1 + x2 * v2 + x3 * v3
-            t0 += v0 * g
-            t1 += v1 * g
-            t2 += v2 * g
-            t3 += v3 * g
+            combined[c] += x0 * rows[p, c] + x1 * rows[p + 1, c] + x2 * rows[p + 2, c] + x3 * rows[p + 3, c]
+        for c in range(width):
+            g = gradient[c]
+            t0 += rows[p, c] * g
+            t1 += rows[p + 1, c] * g
+            t2 += rows[p + 2, c] * g
+            t3 += rows[p + 3, c] * g
         products[p], products[p + 1], products[p + 2], products[p + 3] = t0, t1, t2, t3
     for p in range(whole, k):
         x0, t0 = inputs[p], 0.0
         for c in range(width):
             combined[c] += x0 * rows[p, c]
+        for c in range(width):
             t0 += rows[p, c] * gradient[c]
         products[p] = t0
 
@@ -550,9 +554,10 @@ def _two_layers_neurons(mean: Array, first: Array, last: Array, features: Array,
             for q in range(n):
                 total += weights[j, q] * weights[i, q] * z_variance[q]
             out_cov[j, i] = out_cov[i, j] = total
-        out_cov[j, j] += _dot(above[j], activation)
+        total = _dot(above[j], activation)
         for q in range(n):
-            out_cov[j, j] += z_variance[q] * (last[j, q, q] if last.ndim == 3 else last[j, q])
+            total += z_variance[q] * (last[j, q, q] if last.ndim == 3 else last[j, q])
+        out_cov[j, j] += total
     return _matvec(weights, activation), out_cov, cross, variances
 
 
@@ -638,14 +643,12 @@ def _scalar_step(
     # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
     change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
     gain, root = (label - mean) / inverted, math.sqrt(abs(change))
-    step = 0.0
     for r in range(variances.size):
         move = root * cross[r]
         moved[r] = gain * cross[r]
         moves[0, r] = _normal(move)
         variances[r] = kept * variances[r] + change * (cross[r] * cross[r])
-        step += gain * cross[r]
-    smallest = _smallest(variances)
+    step, smallest = _sum(moved), _smallest(variances)
     # One sum finds any NaN or infinity; inf - inf is NaN.
     total = step + gain * gain + variance
     done = inverted > 0.0 and smallest >= 0.0 and total - total == 0.0 and abs(step) <= _LARGEST
@@ -1010,8 +1013,9 @@ def _moved(cross: Array, variances: Array, change: float, root: float, kept: flo
     """
     step, smallest, largest = 0.0, np.int64(_INFINITY_BITS), np.int64(0)
     for i in range(cross.size):
-        move = 0.0 if abs(root * cross[i]) <= _SMALLEST_MOVE else cross[i]
-        cross[i] = move
+        cross[i] = 0.0 if abs(root * cross[i]) <= _SMALLEST_MOVE else cross[i]
+    for i in range(cross.size):
+        move = cross[i]
         step += move
         # See ``_smallest``.
         bits = np.float64(kept * variances[i] + change * move * move).view(np.int64)
@@ -1033,10 +1037,10 @@ def _weighed(
         before = variances[head, i]
         move = cross[i] * before
         cross[i] = move
-        step += move
-        new = before + change * move * move
-        after[i] = new
-        bits = np.float64(new - lost * before).view(np.int64)  # see ``_smallest``
+        after[i] = before + change * move * move
+    for i in range(cross.size):
+        step += cross[i]
+        bits = np.float64(after[i] - lost * variances[head, i]).view(np.int64)  # see ``_smallest``
         smallest = bits if bits < smallest else smallest
     return step, np.int64(smallest).view(np.float64)
 
@@ -1108,7 +1112,8 @@ def learn_neurons(
             out_mean += weight * activation[j]
             last_variance = lasts[h, 0, j, j] if firsts.ndim == 4 else flat_lasts[h, j]
             variance += own_above[0, j] * activation[j] + spread[j] * (weight * weight + last_variance)
-            gate[j] *= weight
+        for j in range(n):
+            gate[j] *= means[h, hidden + j]
 
         label, noise = labels[h], noises[h]
         inverted = variance if replacing else variance + noise

@@ -149,8 +149,10 @@ def _add_shared(weights: Array, inputs: Array, shared: Array, u_mean: Array, u_c
             _add(turned, inputs[p], shared[j * k + p])
         for i in range(n):
             one_sided[j, i] = _dot(turned, weights[i, :m])
+        total = 0.0
         for p in range(m):
-            u_mean[j] += shared[j * k + p, p]
+            total += shared[j * k + p, p]
+        u_mean[j] += total
     facing = np.empty((m, m))
     for j in range(n):
         for q in range(m):
@@ -342,6 +344,7 @@ def commit(
             width = min((j // per_row) * per_row + per_row, n) * k
             for p in range(k):
                 r = start + j * k + p
+                total = 0.0
                 for q in range(signs.size):
                     scale = signs[q] * moves[q, r]
                     if first.ndim == 1:
@@ -349,7 +352,9 @@ def commit(
                     elif first.ndim == 3:
                         _add(covs[depth][j, p], scale, moves[q, start + j * k : start + (j + 1) * k])
                     else:
-                        covs[depth][j, p] += scale * moves[q, r]
+                        total += scale * moves[q, r]
+                if first.ndim == 2:
+                    covs[depth][j, p] += total
                 at += width
         if betweens[0].size > 0:
             low = 0

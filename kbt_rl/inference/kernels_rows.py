@@ -61,11 +61,13 @@ def _by_row(pairs: Array, o: int) -> Array:
 def _means(weights: Array, inputs: Array) -> Array:
     """``w_j . z~_b``, ``(B o,)``."""
     (o, k), count = weights.shape, inputs.shape[0]
-    out = np.zeros(count * o)
+    out = np.empty(count * o)
     for b in range(count):
         for j in range(o):
+            total = 0.0
             for p in range(k):
-                out[b * o + j] += weights[j, p] * inputs[b, p]
+                total += weights[j, p] * inputs[b, p]
+            out[b * o + j] = total
     return out
 
 
@@ -146,17 +148,19 @@ def _gather(rows: Array, inputs: Array, gradient: Array, combined: Array, produc
         x0, x1, x2, x3 = inputs[p], inputs[p + 1], inputs[p + 2], inputs[p + 3]
         t0 = t1 = t2 = t3 = 0.0
         for c in range(width):
-            v0, v1, v2, v3, g = rows[p, c], rows[p + 1, c], rows[p + 2, c], rows[p + 3, c], gradient[c]
-            combined[c] += x0 * v0 + x1 * v1 + x2 * v2 + x3 * v3
-            t0 += v0 * g
-            t1 += v1 * g
-            t2 += v2 * g
-            t3 += v3 * g
+            combined[c] += x0 * rows[p, c] + x1 * rows[p + 1, c] + x2 * rows[p + 2, c] + x3 * rows[p + 3, c]
+        for c in range(width):
+            g = gradient[c]
+            t0 += rows[p, c] * g
+            t1 += rows[p + 1, c] * g
+            t2 += rows[p + 2, c] * g
+            t3 += rows[p + 3, c] * g
         products[p], products[p + 1], products[p + 2], products[p + 3] = t0, t1, t2, t3
     for p in range(whole, k):
         x0, t0 = inputs[p], 0.0
         for c in range(width):
             combined[c] += x0 * rows[p, c]
+        for c in range(width):
             t0 += rows[p, c] * gradient[c]
         products[p] = t0
 
@@ -378,9 +382,10 @@ def _hidden_neurons(
         _project(first, j, inputs, projection)
         for b in range(count):
             for c in range(count):
-                block[b, c] = 0.0
+                total = 0.0
                 for p in range(k):
-                    block[b, c] += projection[b, p] * inputs[c, p]
+                    total += projection[b, p] * inputs[c, p]
+                block[b, c] = total
             for a in range(o):
                 factor = above[a, j] * slope[j, b]
                 for p in range(k):

@@ -1,0 +1,112 @@
+"""The bits of a result must not depend on where its arrays lie in memory.
+
+Where the compiler cannot tell whether two arrays overlap, it writes a loop twice, with vector instructions and without,
+and the addresses decide at run time; it may take arrays that are only close to each other for overlapping. The two
+copies of a loop that adds up a number do so in different orders. So no loop may add up a number and also store.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MACHINE_CODE, STRUCTURES
+
+pytestmark = MACHINE_CODE
+
+
+def sums_that_depend_on_addresses(machine_code: str) -> list[str]:
+    """Which vector loops of a function in LLVM's language carry a sum from turn to turn and store."""
+    (body,) = re.findall(r"^define [^\n]*\bi32 @.*?^}", machine_code, re.M | re.S)[:1]
+    blocks = re.split(r'^(?=[\w."$-]+:)', body, flags=re.M)
+    loops = [block for block in blocks if "vector.body" in block.partition(":")[0] and " store " in block]
+    return [name for block in loops for name in re.findall(r"%([\w.$-]+) = phi <[0-9]+ x double> ", block)]
+
+
+def test_the_test_finds_such_a_loop() -> None:
+    import numba
+
+    def both(values: Any, out: Any) -> float:
+        total = 0.0
+        for i in range(values.size):
+            out[i] = 2.0 * values[i]
+            total += values[i]
+        return total
+
+    def one_after_the_other(values: Any, out: Any) -> float:
+        total = 0.0
+        for i in range(values.size):
+            out[i] = 2.0 * values[i]
+        for i in range(values.size):
+            total += values[i]
+        return total
+
+    for function, expected in ((both, True), (one_after_the_other, False)):
+        code = numba.njit(fastmath={"reassoc", "contract"}, error_model="numpy")(function)
+        code(np.ones(9), np.ones(9))
+        (machine_code,) = code.inspect_llvm().values()
+        assert "vector.body" in machine_code
+        assert bool(sums_that_depend_on_addresses(machine_code)) is expected
+
+
+def compiled_afresh(structures: tuple[str, ...], layers: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+    """Compile what heads of these kinds use and print which of it there was, and each sum that depends on addresses."""
+    import torch
+
+    from kbt_rl import BayesianHead, HeadBatch, HeadConfig
+    from kbt_rl.inference import kernels, kernels_deep, kernels_rows
+
+    for structure in structures:
+        for depth in layers:
+            for o in outputs:
+                heads = [BayesianHead(4, o, HeadConfig(structure=structure, layers=depth)) for _ in range(3)]
+                head, batch = heads[0], HeadBatch(heads)
+                for rows in (1, 3):
+                    head.update(torch.ones(rows, 4), torch.zeros(rows, o))
+                    head.predict(torch.ones(rows, 4))
+                    head(torch.ones(rows, 4))
+                for together in (False, True):
+                    batch.update(torch.ones(3, 4), torch.zeros(3, o), together=together)
+                batch.predict(torch.ones(3, 4))
+                batch(torch.ones(3, 4))
+    for module in (kernels, kernels_rows, kernels_deep):
+        for name, function in vars(module).items():
+            if getattr(function, "__module__", None) != module.__name__ or not hasattr(function, "inspect_llvm"):
+                continue
+            for machine_code in function.inspect_llvm().values():
+                print("compiled", module.__name__, name)
+                for found in sums_that_depend_on_addresses(machine_code):
+                    print("depends", module.__name__, name, found)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (("neuron", "joint"), (2,), (1,)),
+        pytest.param((STRUCTURES, (1, 2, 3), (1, 2)), marks=pytest.mark.nightly),
+    ],
+    ids=["two layers, one output", "all"],
+)
+def test_no_sum_depends_on_addresses(kinds: tuple[tuple[Any, ...], ...], tmp_path: Path) -> None:
+    code = f"from test_bits import compiled_afresh; compiled_afresh(*{kinds!r})"
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=here,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for name in ("learn_neurons", "propagate", "predict"):
+        assert any(line.startswith("compiled") and line.endswith(f" {name}") for line in lines)
+    assert [line for line in lines if line.startswith("depends")] == []
