@@ -16,6 +16,7 @@ import torch
 from conftest import STRUCTURES, randn
 from torch import Tensor, nn
 
+from kbt_rl.inference import interrupts
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.interrupts import interrupts_deferred
@@ -164,6 +165,29 @@ def test_interrupts_are_left_alone_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert results == [True]
+
+
+def test_interrupts_are_as_before_if_the_handler_of_another_signal_raises_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class AnotherSignal:
+        """After the first change of a handler."""
+
+        getsignal = staticmethod(signal.getsignal)
+        came = False
+
+        def signal(self, number: int, handler: Any) -> Any:
+            before = signal.signal(number, handler)
+            if not self.came:
+                self.came = True
+                raise TimeoutError
+            return before
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(interrupts, "_signal", AnotherSignal())
+    with pytest.raises(TimeoutError), interrupts_deferred():
+        pytest.fail("the block must not begin")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_interrupt_during_a_block_that_fails_is_delivered_with_the_error() -> None:

@@ -17,13 +17,14 @@ from types import FrameType
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
     """Hold back SIGINT, which Python raises in the main thread only, until the block is done."""
-    foreign = _signal.getsignal(signal.SIGINT) is None  # a handler that C code installed cannot be put back
+    before = _signal.getsignal(signal.SIGINT)
+    foreign = before is None  # a handler that C code installed cannot be put back
     if foreign or threading.current_thread() is not threading.main_thread():
         yield
         return
     pending: list[tuple[int, FrameType | None]] = []
-    before = _signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
-    try:
+    try:  # from here on, as the handler of another signal may raise at once
+        _signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
         yield
     finally:  # also after an error, which the interrupt then carries along
         _signal.signal(signal.SIGINT, before)
