@@ -7,7 +7,9 @@ copies of a loop that adds up a number do so in different orders. So no loop may
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -60,7 +62,7 @@ def compiled_afresh(structures: tuple[str, ...], layers: tuple[int, ...], output
     import torch
 
     from kbt_rl import BayesianHead, HeadBatch, HeadConfig
-    from kbt_rl.inference import kernels, kernels_deep, kernels_rows
+    from kbt_rl.inference import kernels
 
     for structure in structures:
         for depth in layers:
@@ -75,14 +77,14 @@ def compiled_afresh(structures: tuple[str, ...], layers: tuple[int, ...], output
                     batch.update(torch.ones(3, 4), torch.zeros(3, o), together=together)
                 batch.predict(torch.ones(3, 4))
                 batch(torch.ones(3, 4))
-    for module in (kernels, kernels_rows, kernels_deep):
-        for name, function in vars(module).items():
-            if getattr(function, "__module__", None) != module.__name__ or not hasattr(function, "inspect_llvm"):
+    for info in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for name, function in vars(importlib.import_module(info.name)).items():
+            if getattr(function, "__module__", None) != info.name or not hasattr(function, "inspect_llvm"):
                 continue
             for machine_code in function.inspect_llvm().values():
-                print("compiled", module.__name__, name)
+                print("compiled", info.name, name)
                 for found in sums_that_depend_on_addresses(machine_code):
-                    print("depends", module.__name__, name, found)
+                    print("depends", info.name, name, found)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +76,19 @@ def assert_same(fast: Increment, plain: Increment) -> None:
         assert getattr(fast.info, name) == pytest.approx(getattr(plain.info, name), rel=1e-9, abs=1e-15), name
 
 
+def assert_same_step(state: HeadState, plain: HeadState, given: tuple[Any, ...]) -> None:
+    """Both find the same increment and then take it."""
+    fast_step, plain_step = update.increment(state, *given), update.increment(plain, *given)
+    assert_same(fast_step, plain_step)
+    update.apply(state, fast_step)
+    update.apply(plain, plain_step)
+
+
+def assert_same_posterior(state: HeadState, plain: HeadState, variance: float) -> None:
+    torch.testing.assert_close(state.mean, plain.mean, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(state.dense_cov(), plain.dense_cov(), rtol=1e-9, atol=1e-11 * variance)
+
+
 @pytest.mark.usefixtures("_block_rows")
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("layers", [1, 2])
@@ -88,12 +103,8 @@ def test_the_increment_and_the_posterior_equal_the_definition(
     assert state.engine.propagates
     for seed in range(4):
         given = randn(1, 5, seed=10 + seed), target_of(rule, outputs, 20 + seed), RULES[rule], noise(outputs)
-        fast_step, plain_step = update.increment(state, *given), update.increment(plain, *given)
-        assert_same(fast_step, plain_step)
-        update.apply(state, fast_step)
-        update.apply(plain, plain_step)
-    torch.testing.assert_close(state.mean, plain.mean, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(state.dense_cov(), plain.dense_cov(), rtol=1e-9, atol=1e-11 * variance)
+        assert_same_step(state, plain, given)
+    assert_same_posterior(state, plain, variance)
 
 
 @pytest.mark.usefixtures("_block_rows")
@@ -170,10 +181,10 @@ def test_the_default_head_without_hidden_variance(structure: str, rows: int) -> 
 
 def test_the_moments_of_one_unit_from_the_far_left_to_the_far_right() -> None:
     """The machine code has an exp and a normal distribution function of its own, here against SciPy's."""
-    code = compiled.kernels()
-    assert code is not None
+    from kbt_rl.inference.kernels.relu import relu_unit
+
     ratios = np.concatenate([np.linspace(-37.0, 9.0, 4001), np.linspace(-6.0, 6.0, 4001), [0.0, -0.0, 1e-300]])
-    found = np.array([code._relu_unit.py_func(ratio, 1.0) for ratio in ratios])
+    found = np.array([relu_unit.py_func(ratio, 1.0) for ratio in ratios])
     mean, variance, slope, density = found.T
     expected = np.exp(-0.5 * ratios**2) / np.sqrt(2.0 * np.pi)
     # A few units in the last place, and rounding of the exponent, some 700 at the far end; SciPy loses more.
@@ -187,10 +198,10 @@ def test_the_moments_of_one_unit_from_the_far_left_to_the_far_right() -> None:
 
 @pytest.mark.parametrize(("mean", "slope"), [(-1e300, 0.0), (-40.0, 0.0), (1e300, 1.0), (40.0, 1.0), (np.nan, np.nan)])
 def test_the_moments_of_one_unit_beyond_float64(mean: float, slope: float) -> None:
-    code = compiled.kernels()
-    assert code is not None
+    from kbt_rl.inference.kernels.relu import relu_unit
+
     for variance in (1.0, 0.0):
-        found = code._relu_unit.py_func(mean, variance)
+        found = relu_unit.py_func(mean, variance)
         np.testing.assert_equal(found[0], max(mean, 0.0) if mean == mean else np.nan)
         np.testing.assert_equal(found[2], slope)
         np.testing.assert_equal(found[3], 0.0 if mean == mean else np.nan)
@@ -229,12 +240,8 @@ def test_deeper_heads_equal_the_definition(
         for found, wanted in zip(ours, expected, strict=True):
             scale = float(wanted.abs().max())
             torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-10, atol=1e-12 * scale)
-        fast_step, plain_step = update.increment(state, *given), update.increment(plain, *given)
-        assert_same(fast_step, plain_step)
-        update.apply(state, fast_step)
-        update.apply(plain, plain_step)
-    torch.testing.assert_close(state.mean, plain.mean, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(state.dense_cov(), plain.dense_cov(), rtol=1e-9, atol=1e-11 * variance)
+        assert_same_step(state, plain, given)
+    assert_same_posterior(state, plain, variance)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -335,15 +342,31 @@ def test_predictions_equal_the_definition_after_each_update(
             assert torch.equal(prediction.aleatoric[0], head.noise_cov * square)
 
 
+def test_the_cache_notices_changes_in_any_file_of_the_package(tmp_path: Path) -> None:
+    """numba's own notices those in a function's own file, not in those of what it calls."""
+    from kbt_rl.inference import kernels as code
+    from kbt_rl.inference.kernels import jit
+
+    BayesianHead(3, 1).update(randn(1, 3, seed=1), randn(1, 1, seed=2))
+    package = Path(jit.__file__).parent
+    now = jit.fingerprint(package)
+    files = [path.name for path in Path(code.learn.stats.cache_path).iterdir() if path.name.startswith("row.learn_")]
+    assert any(f"_{now}-" in name for name in files)
+    changed = shutil.copytree(package, tmp_path / "kernels")
+    assert jit.fingerprint(changed) == now
+    with (changed / "relu.py").open("a") as file:
+        file.write("# changed\n")
+    assert jit.fingerprint(changed) != now
+
+
 @pytest.mark.parametrize("kind", ["strided", "read-only", "float32"])
 def test_no_kind_of_array_is_compiled_anew(kind: str) -> None:
-    from kbt_rl.inference import kernels_rows
+    from kbt_rl.inference import kernels as code
+    from kbt_rl.inference.kernels import rows
 
-    code = compiled.kernels()
-    assert code is not None
     head = BayesianHead.from_linear(nn.Linear(5, 1), HeadConfig(noise_variance=0.1))
     head.prepare_rows()
-    kernels = code.learn, code.predict, code.act, code.unit_moments, kernels_rows.propagate
+    kernels = code.learn, code.predict, code.act, code.unit_moments, rows.propagate
 
     def use(features: Any, label: Any) -> None:
         head.update(features, label)

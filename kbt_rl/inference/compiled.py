@@ -1,12 +1,13 @@
-"""Rows through a head to learn, act and predict, in machine code: ``kernels``, from three layers on ``kernels_deep``.
+"""Rows through a head to learn, act and predict, in machine code: ``kernels``, from three layers on ``kernels.deep``.
 
-They go one by one, but for joint updates of several rows (``kernels_rows``, one or two layers). numba is an extra
+They go one by one, but for joint updates of several rows (``kernels.rows``, one or two layers). numba is an extra
 (``pip install "kbt_rl[fast]"``). Without it, and for uncertain features or another device, the same is done the general
 way through PyTorch.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from kbt_rl.inference.acting import ActingView
-    from kbt_rl.inference.kernels import RowPass, ScalarRecord
-    from kbt_rl.inference.kernels_rows import MeasureRecord
+    from kbt_rl.inference.kernels.terms import MeasureRecord, RowPass, ScalarRecord
     from kbt_rl.inference.state import HeadState
 
 Array = npt.NDArray[Any]
@@ -52,7 +52,7 @@ def kernels() -> ModuleType | None:
     return module
 
 
-class Engine:
+class Engine(ABC):
     """Machine code bound to the memory of one posterior; one of the two below.
 
     Attributes:
@@ -70,18 +70,19 @@ class Engine:
         self._posterior = (state.mean.numpy(), tuple(cov[:layers]), cov[0], self._between(cov[layers:]), shapes)
         self.propagates = state.spec.plain_moments
 
+    @abstractmethod
     def _between(self, blocks: list[Array]) -> Any:
         """The covariances between layers as the machine code takes them."""
-        raise NotImplementedError
 
     def takes(self, rows: int, outputs: int) -> bool:
         """Whether ``propagate`` is the shortest way to a joint update of so many rows."""
         return self.propagates and rows * outputs <= _MOST_LABELS
 
+    @abstractmethod
     def propagate(self, features: Array) -> RowPass:
-        """The forward pass of rows ``(B, d)``, float64, jointly, see ``kernels_rows.RowsPass``."""
-        raise NotImplementedError
+        """The forward pass of rows ``(B, d)``, float64, jointly, see ``kernels.terms.RowsPass``."""
 
+    @abstractmethod
     def predict(self, centre: Array, scale: Array, outputs: Array, rows: Array) -> tuple[Array, Array]:
         """Mean ``(N, o)`` and covariance ``(N, o, o)`` of the output for rows ``(N, d)``, float64, one by one.
 
@@ -91,17 +92,16 @@ class Engine:
             outputs: What the outputs are multiplied by, ``(o,)``.
             rows: As they come from the encoder.
         """
-        raise NotImplementedError
 
     def measure(
         self, row: RowPass, target: Array, noise_cov: Array, weights: Array, lost: float
     ) -> tuple[Array, MeasureRecord] | None:
-        """Step of the weights ``(P,)`` and record of ``kernels_rows.measure``, which uses ``row`` up, or None."""
-        from kbt_rl.inference import kernels_rows
+        """Step of the weights ``(P,)`` and record of ``kernels.rows.measure``, which uses ``row`` up, or None."""
+        from kbt_rl.inference.kernels import rows
 
         moved = np.empty(len(row[3]))
         with plain_interrupts:
-            done, record = kernels_rows.measure(row, target, noise_cov, weights, self._kept, lost, moved)
+            done, record = rows.measure(row, target, noise_cov, weights, self._kept, lost, moved)
         return (moved, record) if done else None
 
     def weight_step(
@@ -152,14 +152,14 @@ class RowEngine(Engine):
             with plain_interrupts:
                 result = self._code.propagate(*self._posterior, self._workspace, features[0], self._outputs)
             return result
-        from kbt_rl.inference import kernels_rows
+        from kbt_rl.inference.kernels import rows
 
         mean, _, first, _, shapes = self._posterior
         inputs = np.ones((len(features), features.shape[1] + 1))
         inputs[:, :-1] = features
         with plain_interrupts:
             moments = self._code.unit_moments(mean, first, shapes, inputs) if len(shapes) == 2 else _NO_UNITS
-            result = kernels_rows.propagate(*self._posterior, inputs, moments, self._outputs)
+            result = rows.propagate(*self._posterior, inputs, moments, self._outputs)
         return result
 
     def predict(self, centre: Array, scale: Array, outputs: Array, rows: Array) -> tuple[Array, Array]:
@@ -207,10 +207,10 @@ class DeepEngine(Engine):
     """For heads of three layers or more; of several rows a joint update goes the general way."""
 
     def __init__(self, state: HeadState, code: ModuleType) -> None:
-        from kbt_rl.inference import kernels_deep
+        from kbt_rl.inference.kernels import deep
 
         super().__init__(state, code)
-        self._code = kernels_deep
+        self._code = deep
 
     def _between(self, blocks: list[Array]) -> tuple[Array, ...]:
         return tuple(blocks) or (_NOTHING,)

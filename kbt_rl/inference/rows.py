@@ -19,7 +19,7 @@ from kbt_rl.inference.output import OutputRule, lost_pivot, measure
 from kbt_rl.inference.record import Increment, UpdateInfo, check
 
 if TYPE_CHECKING:
-    from kbt_rl.inference.kernels import RowPass
+    from kbt_rl.inference.kernels.terms import RowPass
 
 Array = npt.NDArray[np.float64]
 

@@ -1,0 +1,115 @@
+"""As ``dense``, for two layers and one output: the hidden covariance is read once and nothing of it is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kbt_rl.inference.kernels.jit import compiled
+from kbt_rl.inference.kernels.relu import relu_unit
+from kbt_rl.inference.kernels.terms import Array, RowPass
+from kbt_rl.inference.kernels.units import unit_variances
+from kbt_rl.inference.kernels.vectors import axpy, dot, with_one
+
+
+@compiled
+def gather(rows: Array, inputs: Array, gradient: Array, combined: Array, products: Array) -> None:
+    """``combined = rows' inputs`` and ``products = rows gradient``, four rows at a time, read from memory once.
+
+    An index that is no loop's own variable could be negative for all numba knows, and what it does about that forbids
+    vector instructions; so a neuron's rows come as a matrix of their own.
+    """
+    k, width = rows.shape
+    whole = k - k % 4
+    for c in range(width):
+        combined[c] = 0.0
+    for p in range(0, whole, 4):
+        x0, x1, x2, x3 = inputs[p], inputs[p + 1], inputs[p + 2], inputs[p + 3]
+        t0 = t1 = t2 = t3 = 0.0
+        for c in range(width):
+            combined[c] += x0 * rows[p, c] + x1 * rows[p + 1, c] + x2 * rows[p + 2, c] + x3 * rows[p + 3, c]
+        for c in range(width):
+            g = gradient[c]
+            t0 += rows[p, c] * g
+            t1 += rows[p + 1, c] * g
+            t2 += rows[p + 2, c] * g
+            t3 += rows[p + 3, c] * g
+        products[p], products[p + 1], products[p + 2], products[p + 3] = t0, t1, t2, t3
+    for p in range(whole, k):
+        x0, t0 = inputs[p], 0.0
+        for c in range(width):
+            combined[c] += x0 * rows[p, c]
+        for c in range(width):
+            t0 += rows[p, c] * gradient[c]
+        products[p] = t0
+
+
+@compiled
+def two_layers_dense_scalar(
+    mean: Array, first: Array, last: Array, between: Array, features: Array, per_row: int
+) -> RowPass:
+    """``two_layers_dense`` for one output: ``Cov(w, u^2)`` is ``Sigma`` times the gradient of the mean output.
+
+    So nothing is kept of ``Cov(w, u^1)``, and units that are off, in a signed start about a third of them, are left out
+    of what covaries: they do not, to the last bit.
+    """
+    inputs = with_one(features)
+    k = inputs.size
+    n = (mean.size - 1) // (k + 1)
+    hidden = n * k
+    weights, above, second = mean[:hidden].reshape(n, k), mean[hidden:], last.reshape(n + 1, n + 1)
+    activation, spread, slope, curvature = np.empty(n + 1), np.empty(n), np.empty(n), np.empty(n)
+    gradient, active, count = np.empty(hidden), np.empty(n, np.int64), 0
+    unit_variances(first, inputs, n, per_row, spread)
+    activation[n], out_mean, variance = 1.0, above[n], 0.0
+    for j in range(n):
+        activation[j], spread[j], slope[j], curvature[j] = relu_unit(dot(weights[j], inputs), spread[j])
+        out_mean += above[j] * activation[j]
+        variance += spread[j] * (above[j] * above[j] + second[j, j])
+        if slope[j] != 0.0:
+            active[count] = j
+            count += 1
+        for p in range(k):
+            gradient[j * k + p] = above[j] * slope[j] * inputs[p]
+
+    cross, variances = np.zeros((1, mean.size)), np.empty(mean.size)
+    combined, offset, upto, begin = np.empty(hidden), 0, 0, 0
+    for j in range(n):
+        begin = j if j == begin + per_row else begin  # the first neuron of the block row
+        width = min(begin + per_row, n) * k
+        rows = first[offset : offset + k * width].reshape(k, width)
+        offset += k * width
+        gather(rows, inputs, gradient, combined, cross[0, j * k : (j + 1) * k])
+        for p in range(k):
+            variances[j * k + p] = rows[p, j * k + p]
+        if slope[j] == 0.0:
+            continue
+        axpy(cross[0, : begin * k], above[j] * slope[j], combined)
+        for a in range(upto):
+            i = active[a]
+            entry = dot(combined[i * k : (i + 1) * k], inputs)
+            entry *= slope[j] * slope[i] + 0.5 * entry * (curvature[j] * curvature[i])
+            variance += 2.0 * entry * (above[j] * above[i] + second[j, i])
+        upto += 1
+
+    for p in range(n + 1):
+        projected = dot(second[p], activation)
+        cross[0, hidden + p], variances[hidden + p] = projected, second[p, p]
+        variance += activation[p] * projected
+    if between.size > 0:
+        shared = np.zeros((n, n))
+        for p in range(n + 1):
+            row = between[p]
+            axpy(cross[0, :hidden], activation[p], row)
+            coupled = dot(row, gradient)
+            cross[0, hidden + p] += coupled
+            variance += 2.0 * activation[p] * coupled
+            for a in range(count if p < n else 0):
+                q = active[a]
+                shared[p, q] = slope[q] * dot(row[q * k : (q + 1) * k], inputs)
+        for p in range(n):
+            out_mean += shared[p, p]
+            for q in range(n):
+                variance += shared[p, q] * shared[q, p]
+    means, out_cov = np.empty(1), np.empty((1, 1))
+    means[0], out_cov[0, 0] = out_mean, variance
+    return means, out_cov, cross, variances
