@@ -1,9 +1,9 @@
 """One update of the posterior, as it is defined: an increment computed by pure functions, and how it is applied.
 
 ``increment`` does everything that can fail and changes nothing; ``apply`` adds it in place, by a product of low rank.
-An increment is small enough to log, send or take back. For heads of one or two layers on the CPU the forward pass is
-machine code (``rows.row_step``), and the commonest update, one row with one label, is so as a whole
-(``rows.learn_row``).
+An increment is small enough to log, send or take back. On the CPU the forward pass is machine code (``rows.row_step``;
+of several rows, up to two layers), and the commonest update, one row with one label through one or two layers, is so as
+a whole (``rows.learn_row``).
 """
 
 from __future__ import annotations
