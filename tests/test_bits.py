@@ -64,7 +64,7 @@ def test_the_test_finds_such_a_loop() -> None:
 
 
 def test_no_sum_of_the_largest_loop_depends_on_addresses() -> None:
-    from kbt_rl.inference.kernels.dense_scalar import gather
+    from kbt_rl.inference.kernels.row_blocks import gather
 
     machine_code = of_a_call(gather.py_func, np.ones((5, 40)), np.ones(5), np.ones(40), np.ones(40), np.ones(5))
     assert "vector.body" in machine_code

@@ -6,41 +6,10 @@ import numpy as np
 
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.relu import relu_unit
+from kbt_rl.inference.kernels.row_blocks import gather
 from kbt_rl.inference.kernels.terms import Array, RowPass
 from kbt_rl.inference.kernels.units import unit_variances
 from kbt_rl.inference.kernels.vectors import axpy, dot, with_one
-
-
-@compiled
-def gather(rows: Array, inputs: Array, gradient: Array, combined: Array, products: Array) -> None:
-    """``combined = rows' inputs`` and ``products = rows gradient``, four rows at a time, read from memory once.
-
-    An index that is no loop's own variable could be negative for all numba knows, and what it does about that forbids
-    vector instructions; so a neuron's rows come as a matrix of their own.
-    """
-    k, width = rows.shape
-    whole = k - k % 4
-    for c in range(width):
-        combined[c] = 0.0
-    for p in range(0, whole, 4):
-        x0, x1, x2, x3 = inputs[p], inputs[p + 1], inputs[p + 2], inputs[p + 3]
-        t0 = t1 = t2 = t3 = 0.0
-        for c in range(width):
-            combined[c] += x0 * rows[p, c] + x1 * rows[p + 1, c] + x2 * rows[p + 2, c] + x3 * rows[p + 3, c]
-        for c in range(width):
-            g = gradient[c]
-            t0 += rows[p, c] * g
-            t1 += rows[p + 1, c] * g
-            t2 += rows[p + 2, c] * g
-            t3 += rows[p + 3, c] * g
-        products[p], products[p + 1], products[p + 2], products[p + 3] = t0, t1, t2, t3
-    for p in range(whole, k):
-        x0, t0 = inputs[p], 0.0
-        for c in range(width):
-            combined[c] += x0 * rows[p, c]
-        for c in range(width):
-            t0 += rows[p, c] * gradient[c]
-        products[p] = t0
 
 
 @compiled

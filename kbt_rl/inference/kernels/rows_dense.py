@@ -1,16 +1,12 @@
-"""What layers with a full covariance add for several rows: ``joint`` and ``layer``.
-
-Indices that are no loop's own variable could be negative for all numba knows, and what it does about that forbids
-vector instructions; so a neuron's rows are handed on as a matrix of their own.
-"""
+"""What layers with a full covariance add for several rows: ``joint`` and ``layer``."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from kbt_rl.inference.kernels.dense_scalar import gather
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.pairs import add_block, relu_block
+from kbt_rl.inference.kernels.row_blocks import combine, gather, multiply
 from kbt_rl.inference.kernels.terms import Array, UnitMoments
 
 
@@ -27,45 +23,6 @@ def _places(n: int, k: int, per_row: int) -> tuple[Array, Array, Array]:
 
 
 @compiled
-def _combine(rows: Array, inputs: Array, out: Array) -> None:
-    """``out[b, c] = sum_p inputs[b, p] rows[p, c]``, four rows at a time."""
-    k, width = rows.shape
-    whole = k - k % 4
-    for b in range(inputs.shape[0]):
-        for c in range(width):
-            out[b, c] = 0.0
-        for p in range(0, whole, 4):
-            x0, x1, x2, x3 = inputs[b, p], inputs[b, p + 1], inputs[b, p + 2], inputs[b, p + 3]
-            for c in range(width):
-                out[b, c] += x0 * rows[p, c] + x1 * rows[p + 1, c] + x2 * rows[p + 2, c] + x3 * rows[p + 3, c]
-        for p in range(whole, k):
-            x0 = inputs[b, p]
-            for c in range(width):
-                out[b, c] += x0 * rows[p, c]
-
-
-@compiled
-def _multiply(rows: Array, gradient: Array, products: Array) -> None:
-    """``products = rows gradient``, four rows at a time."""
-    k, width = rows.shape
-    whole = k - k % 4
-    for p in range(0, whole, 4):
-        t0 = t1 = t2 = t3 = 0.0
-        for c in range(width):
-            g = gradient[c]
-            t0 += rows[p, c] * g
-            t1 += rows[p + 1, c] * g
-            t2 += rows[p + 2, c] * g
-            t3 += rows[p + 3, c] * g
-        products[p], products[p + 1], products[p + 2], products[p + 3] = t0, t1, t2, t3
-    for p in range(whole, k):
-        t0 = 0.0
-        for c in range(width):
-            t0 += rows[p, c] * gradient[c]
-        products[p] = t0
-
-
-@compiled
 def outputs_dense(
     flat: Array, per_row: int, o: int, inputs: Array, cross: Array, column: int, variances: Array, pairs: Array
 ) -> None:
@@ -77,7 +34,7 @@ def outputs_dense(
     for j in range(o):
         start, width = starts[j], widths[j]
         rows = flat[start : start + k * width].reshape(k, width)
-        _combine(rows, inputs, combined)
+        combine(rows, inputs, combined)
         for b in range(count):
             for c in range(before[j]):
                 cross[b * o + j, column + c] += combined[b, c]
@@ -129,7 +86,7 @@ def hidden_dense(
         for b in range(count):
             gather(rows, inputs[b], gradients[b * o], combined[b], cross[b * o, own])
             for a in range(1, o):
-                _multiply(rows, gradients[b * o + a], cross[b * o + a, own])
+                multiply(rows, gradients[b * o + a], cross[b * o + a, own])
             for a in range(o):
                 factor = above[a, j] * slope[j, b]
                 for c in range(before[j]):
@@ -137,7 +94,7 @@ def hidden_dense(
         for p in range(k):
             variances[j * k + p] = rows[p, j * k + p]
         for i in range(j + 1):
-            _combine(turned, combined[:, i * k : (i + 1) * k], block)
+            combine(turned, combined[:, i * k : (i + 1) * k], block)
             relu_block(block, j, i, variance, slope, curvature)
             pair = 0
             for a in range(o):
