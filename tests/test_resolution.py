@@ -79,6 +79,23 @@ def test_it_follows_the_float64_posterior(structure: str, layers: int, outputs: 
     torch.testing.assert_close(narrow.view().weights[0], wide.view().weights[0], rtol=1e-3, atol=1e-5)
 
 
+@MACHINE_CODE
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("outputs", "rows"), [(1, 1), (3, 1), (1, 5), (2, 5)])
+def test_the_machine_code_computes_in_float64(structure: str, layers: int, outputs: int, rows: int) -> None:
+    """From a posterior in float32 follows what follows from the same numbers in float64."""
+    wide, narrow = pair(outputs, structure=structure, layers=layers)
+    learn(narrow, stream(5, rows, outputs))
+    wide.load_state_dict({name: value.to(wide.state_dict()[name]) for name, value in narrow.state_dict().items()})
+    features, target = stream(1, rows, outputs)[0]
+    for other, mine in zip(wide.predict(features), narrow.predict(features), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-13)
+    ours, theirs = narrow.increment(features, target), wide.increment(features, target)
+    assert ours.info.nis == pytest.approx(theirs.info.nis, rel=1e-11)
+    assert ours.info.epistemic_variance == pytest.approx(theirs.info.epistemic_variance, rel=1e-11)
+
+
 @pytest.mark.parametrize("structure", CORRELATED)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_repairs_keep_it_positive_where_labels_go_below_the_rounding(structure: str, layers: int) -> None:

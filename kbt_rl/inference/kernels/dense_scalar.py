@@ -6,7 +6,7 @@ import numpy as np
 
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.relu import relu_unit
-from kbt_rl.inference.kernels.row_blocks import gather
+from kbt_rl.inference.kernels.row_blocks import gather, multiply
 from kbt_rl.inference.kernels.terms import Array, RowPass
 from kbt_rl.inference.kernels.units import unit_variances
 from kbt_rl.inference.kernels.vectors import axpy, dot, with_one
@@ -33,7 +33,8 @@ def two_layers_dense_scalar(
     for j in range(n):
         activation[j], spread[j], slope[j], curvature[j] = relu_unit(dot(weights[j], inputs), spread[j])
         out_mean += above[j] * activation[j]
-        variance += spread[j] * (above[j] * above[j] + second[j, j])
+        weight = np.float64(above[j])  # of float32 too, here and below: a product of two would be one
+        variance += spread[j] * (weight * weight + second[j, j])
         if slope[j] != 0.0:
             active[count] = j
             count += 1
@@ -47,17 +48,20 @@ def two_layers_dense_scalar(
         width = min(begin + per_row, n) * k
         rows = first[offset : offset + k * width].reshape(k, width)
         offset += k * width
-        gather(rows, inputs, gradient, combined, cross[0, j * k : (j + 1) * k])
+        own = cross[0, j * k : (j + 1) * k]
         for p in range(k):
             variances[j * k + p] = rows[p, j * k + p]
         if slope[j] == 0.0:
+            multiply(rows, gradient, own)
             continue
-        axpy(cross[0, : begin * k], above[j] * slope[j], combined)
+        gather(rows, inputs, gradient, combined, own)
+        weight = np.float64(above[j])
+        axpy(cross[0, : begin * k], weight * slope[j], combined)
         for a in range(upto):
             i = active[a]
             entry = dot(combined[i * k : (i + 1) * k], inputs)
             entry *= slope[j] * slope[i] + 0.5 * entry * (curvature[j] * curvature[i])
-            variance += 2.0 * entry * (above[j] * above[i] + second[j, i])
+            variance += 2.0 * entry * (weight * above[i] + second[j, i])
         upto += 1
 
     for p in range(n + 1):

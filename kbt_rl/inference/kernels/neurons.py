@@ -85,7 +85,7 @@ def two_layers_neurons(mean: Array, first: Array, last: Array, features: Array, 
         for i in range(j + 1):
             total = 0.0
             for q in range(n):
-                total += weights[j, q] * weights[i, q] * z_variance[q]
+                total += np.float64(weights[j, q]) * weights[i, q] * z_variance[q]
             out_cov[j, i] = out_cov[i, j] = total
         total = dot(above[j], activation)
         for q in range(n):

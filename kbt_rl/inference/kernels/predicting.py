@@ -30,7 +30,7 @@ def pair_form(cov: Array, n: int, k: int, per_row: int, form: Array) -> None:
                 at = 0
                 for p in range(k):
                     for q in range(p):
-                        form[pair, at] = rows[p, i * k + q] + rows[q, i * k + p]
+                        form[pair, at] = np.float64(rows[p, i * k + q]) + rows[q, i * k + p]  # of float32 too
                         at += 1
                     form[pair, at] = rows[p, i * k + p]
                     at += 1

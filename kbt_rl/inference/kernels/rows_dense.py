@@ -101,10 +101,10 @@ def hidden_dense(
                 begin, length = last_starts[a], last_widths[a]
                 for e in range(a + 1):
                     entry = last[begin + j * length + e * (n + 1) + i]
-                    add_block(pairs, pair, above[a, j] * above[e, i] + entry, block)
+                    add_block(pairs, pair, np.float64(above[a, j]) * above[e, i] + entry, block)
                     if i < j:
                         entry = last[begin + i * length + e * (n + 1) + j]
-                        add_block(pairs, pair, above[a, i] * above[e, j] + entry, block.T)
+                        add_block(pairs, pair, np.float64(above[a, i]) * above[e, j] + entry, block.T)
                     pair += 1
 
 

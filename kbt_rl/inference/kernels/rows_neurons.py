@@ -71,8 +71,8 @@ def hidden_neurons(
         pair = 0
         for a in range(o):
             for e in range(a):
-                add_block(pairs, pair, above[a, j] * above[e, j], block)
+                add_block(pairs, pair, np.float64(above[a, j]) * above[e, j], block)
                 pair += 1
             entry = last[a, j, j] if last.ndim == 3 else last[a, j]
-            add_block(pairs, pair, above[a, j] * above[a, j] + entry, block)
+            add_block(pairs, pair, np.float64(above[a, j]) * above[a, j] + entry, block)
             pair += 1
