@@ -130,19 +130,20 @@ def _blocks(compared: Sequence[BlockRow]) -> list[str]:
 def _throughput(rows: Sequence[Row]) -> list[str]:
     """Microseconds a head, and how many times the loop's throughput one call has."""
 
-    def key(row: Row) -> tuple[str, int, int, int]:
-        return row.structure, row.features, row.width, row.rows
+    def key(row: Row) -> tuple[str, int, int, str, int]:
+        return row.structure, row.features, row.width, row.dtype, row.rows
 
     taken = {(*key(row), "loop" in row.name, row.threads): row.median_us / row.rows for row in rows}
     body = []
     for kind in dict.fromkeys(map(key, rows)):
         loop, one, two = (taken[(*kind, *way)] for way in ((True, 1), (False, 1), (False, 2)))
-        structure, features, width, count = kind
-        sizes = structure, f"{features}-{width}-1", count
+        structure, features, width, dtype, count = kind
+        sizes = structure, f"{features}-{width}-1", dtype, count
         body.append((*sizes, *map(_number, (loop, one, two, loop / one, loop / two))))
     heads = (
         "structure",
         "head",
+        "stored as",
         "heads",
         "loop, us a head",
         "one call",

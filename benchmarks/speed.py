@@ -29,8 +29,13 @@ _WIDEST_JOINT = 222  # 3,997 weights
 # A head is there in the loop, in the batch, and once more while the batch stacks it.
 _COPIES, _MOST_BYTES = 3, 2 * 10**9
 INDEPENDENT = "independent heads"
-# Inputs and width of the heads, and how many: the paper's, and one so small that its memory does not count.
-_FLEETS = ((16, 32, (1, 4, 16, 64, 256, 1024, 4096)), (4, 8, (64, 1024)))
+# Inputs and width of the heads, how they are stored and how many: the paper's, and one so small that its memory does
+# not count.
+_FLEETS = (
+    (16, 32, "float64", (1, 4, 16, 64, 256, 1024, 4096)),
+    (16, 32, "float32", (1024,)),
+    (4, 8, "float64", (64, 1024)),
+)
 
 
 class Row(NamedTuple):
@@ -51,6 +56,7 @@ class Row(NamedTuple):
         p99_us: 99th percentile.
         limit_us: What the machine's memory and cores would need at best, NaN where no formula is given.
         threads: Threads of PyTorch, or those that share out independent heads.
+        dtype: Of the posterior, or empty.
     """
 
     group: str
@@ -67,6 +73,7 @@ class Row(NamedTuple):
     p99_us: float
     limit_us: float
     threads: int
+    dtype: str
 
 
 def head_of(
@@ -95,7 +102,7 @@ def _updates(head: BayesianHead, rows: int = 1) -> Callable[[], Any]:
 def _row(group: str, name: str, timing: Timing, head: BayesianHead | None = None, rows: int = 1) -> Row:
     threads = torch.get_num_threads()
     if head is None:
-        return Row(group, name, "", 0, 0, 0, 0, rows, 0, 0, timing.median_us, timing.p99_us, float("nan"), threads)
+        return Row(group, name, "", 0, 0, 0, 0, rows, 0, 0, timing.median_us, timing.p99_us, float("nan"), threads, "")
     state = head.state
     shapes = [(shape.n, shape.k) for shape in state.spec.shapes]
     stored = sum(block.nbytes for block in state.cov)
@@ -106,7 +113,7 @@ def _row(group: str, name: str, timing: Timing, head: BayesianHead | None = None
     width = shapes[0][0] if len(shapes) > 1 else 0
     return Row(
         group, name, state.spec.structure, head.in_features, width, len(shapes), head.out_features, rows,
-        len(state.mean), stored, timing.median_us, timing.p99_us, limit, threads,
+        len(state.mean), stored, timing.median_us, timing.p99_us, limit, threads, head.config.dtype,
     )  # fmt: skip
 
 
@@ -192,15 +199,16 @@ def sweeps(seconds: float, largest: int) -> list[Row]:
 def independent_heads(seconds: float, largest: int) -> list[Row]:
     """Heads that each learn from a row of their own: a loop over them, and one call on one thread and on two."""
     found: list[Row] = []
-    for structure, (features, width, counts) in itertools.product(STRUCTURES, _FLEETS):
-        head = head_of(structure, features, width)
-        stored = 8 * sum(block.numel() for block in head.state.cov)
+    for structure, (features, width, dtype, counts) in itertools.product(STRUCTURES, _FLEETS):
+        head = head_of(structure, features, width, dtype=dtype)
+        stored = sum(block.nbytes for block in head.state.cov)
         for count in counts:
             if count > largest or count * stored * _COPIES > _MOST_BYTES:
                 break
             calls = _fleet(head, count)
             timings = in_turns(calls, seconds, burst=1, warm_up=1)
-            work = update_work(structure, tuple((shape.n, shape.k) for shape in head.state.spec.shapes))
+            shapes = tuple((shape.n, shape.k) for shape in head.state.spec.shapes)
+            work = update_work(structure, shapes, head.mean.itemsize)
             limit = 1e6 * count * work.seconds(limits(count * work.stored_bytes))
             for name, threads in (("loop", 1), ("one call", 1), ("one call", 2)):
                 of = f"{structure}, {features}-{width}-1, {count}, {name}"

@@ -14,7 +14,7 @@ import torch
 from conftest import MACHINE_CODE, STRUCTURES, randn
 from torch import Tensor, nn
 
-from kbt_rl.inference import compiled
+from kbt_rl.inference import compiled, state
 from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
@@ -94,6 +94,33 @@ def test_they_learn_as_separate_heads(structure: str, layers: int, rule: Any, th
     assert_same(batch, heads)
 
 
+@MACHINE_CODE
+@pytest.mark.parametrize("structure", ["joint", "layer", "neuron"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("together", [False, True])
+def test_heads_in_float32_are_repaired_as_separate_heads(
+    structure: str, layers: int, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "_LEAST_QUOTIENT", 1e-3)  # so that repairs are needed soon, by one head or another
+    config = HeadConfig(structure=structure, layers=layers, hidden_variance=1e-4, dtype="float32")
+    batch, heads = batch_of(config, threads=2)
+    for head in (*batch, *heads):
+        head.set_noise(1e-6)
+    turn, sizes = torch.linalg.qr(randn(FEATURES, FEATURES, seed=1))[0], torch.logspace(0.0, -5.0, FEATURES).double()
+    mix = turn * sizes @ turn.mT
+    units, repairs = [(head.feature_mean, head.feature_scale) for head in heads], []
+    for step in range(60):
+        rows = randn(HEADS, FEATURES, seed=step) @ (mix / mix.norm(dim=0))
+        features = torch.stack([mean + scale * row for (mean, scale), row in zip(units, rows, strict=True)])
+        target = labels_of(config, 1, seed=100 + step)
+        info = batch.update(features, target, together=together)
+        alone = [head.update(features[i : i + 1], target[i : i + 1]).repairs for i, head in enumerate(heads)]
+        assert info.repairs.tolist() == alone
+        repairs.append(sum(alone))
+    assert any(0 < some < HEADS for some in repairs)
+    assert_same(batch, heads, tolerance=1e-6)
+
+
 @pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize(("hidden", "last"), [(30.0, 50.0), (1e-12, 3.0), (1e6, 1e-6)])
@@ -119,8 +146,12 @@ KINDS = pytest.mark.parametrize(
         (HeadConfig(rule="fisher", last_variance=1.0), 3),
         (HeadConfig(layers=1), 2),
         (HeadConfig(feature_variance=0.1), 1),
+        *((HeadConfig(structure=structure, hidden_variance=0.1, dtype="float32"), 1) for structure in STRUCTURES),
+        (HeadConfig(layers=1, dtype="float32"), 2),
     ],
-    ids=lambda value: f"{value.structure} {value.rule} {value.layers}" if isinstance(value, HeadConfig) else str(value),
+    ids=lambda value: (
+        f"{value.structure} {value.rule} {value.layers} {value.dtype}" if isinstance(value, HeadConfig) else str(value)
+    ),
 )
 
 

@@ -70,7 +70,7 @@ def test_blocks_differ_from_a_joint_update_behind_a_relu_only(layers: int, toler
 
 def test_growth_is_fitted_by_a_constant_and_a_multiple_of_the_limit() -> None:
     def row(limit: float, median: float) -> Row:
-        return Row("width", "w", "neuron", 16, 32, 2, 1, 1, 10, 80, median, median, limit, 1)
+        return Row("width", "w", "neuron", 16, 32, 2, 1, 1, 10, 80, median, median, limit, 1, "float64")
 
     exact = page._growth([row(limit, 5.0 + 2.0 * limit) for limit in (1.0, 10.0, 100.0)])
     assert any("| neuron | 10 to 10 | 5 | 2 |" in line for line in exact)
@@ -103,7 +103,7 @@ def test_the_choice_looks_at_the_samples_only() -> None:
 
 
 def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
-    rows = [Row("width", "width 32, joint", "joint", 16, 32, 2, 1, 1, 577, 1000, 300.0, 400.0, 200.0, 1)]
+    rows = [Row("width", "width 32, joint", "joint", 16, 32, 2, 1, 1, 577, 1000, 300.0, 400.0, 200.0, 1, "float64")]
     for name, threads, median in (("loop", 1, 800.0), ("one call", 1, 100.0), ("one call", 2, 50.0)):
         rows.append(rows[0]._replace(group=INDEPENDENT, name=name, rows=4, threads=threads, median_us=median))
     rows.append(rows[0]._replace(group="paper's head", name="encoder", weights=0, limit_us=math.nan))
@@ -113,7 +113,7 @@ def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
     written = page.write(tmp_path, rows, scores, compared, {**about, "missing": {"TAGI": "no MPI"}})
     text = written.read_text(encoding="utf-8")
     assert "- TAGI: no MPI" in text
-    assert "| joint | 16-32-1 | 4 | 200 | 25 | 12.5 | 8 | 16 |" in text
+    assert "| joint | 16-32-1 | float64 | 4 | 200 | 25 | 12.5 | 8 | 16 |" in text
     assert "| width 32, joint | 577 | 1 | 1 | 300 | 400 | 1.3 | 200 | 1.5 |" in text
     assert "| toy | 128 | 8 | 0.1250 (0.125 to 0.125) | 0.2500 (0.250 to 0.250) | 0.5000 (0.500 to 0.500) |" in text
     assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["accuracy"][1]["seed"] == 1

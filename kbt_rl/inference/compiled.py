@@ -67,12 +67,14 @@ class Engine(ABC):
         self._code = self._step_code = code
         self._counter, self._kept = state.mean, kept(state.mean.dtype)
         shapes = tuple((*shape, neurons_per_row(shape)) for shape in state.spec.shapes)
-        self._posterior = (state.mean.numpy(), tuple(cov[:layers]), cov[0], self._between(cov[layers:]), shapes)
+        # Empty blocks of the posterior's dtype too, so that the same machine code serves ``layer`` and ``joint``.
+        between = self._between(cov[layers:], np.empty((0, 0), cov[0].dtype))
+        self._posterior = (state.mean.numpy(), tuple(cov[:layers]), cov[0], between, shapes)
         self.propagates = state.spec.plain_moments
 
     @abstractmethod
-    def _between(self, blocks: list[Array]) -> Any:
-        """The covariances between layers as the machine code takes them."""
+    def _between(self, blocks: list[Array], none: Array) -> Any:
+        """The covariances between layers as the machine code takes them; ``none`` where there are none."""
 
     def takes(self, rows: int, outputs: int) -> bool:
         """Whether ``propagate`` is the shortest way to a joint update of so many rows."""
@@ -142,8 +144,8 @@ class RowEngine(Engine):
         self._form = _NOTHING
         self._form_version = -1
 
-    def _between(self, blocks: list[Array]) -> Array:
-        return blocks[0] if blocks else _NOTHING
+    def _between(self, blocks: list[Array], none: Array) -> Array:
+        return blocks[0] if blocks else none
 
     def propagate(self, features: Array) -> RowPass:
         """See ``Engine``."""
@@ -212,8 +214,8 @@ class DeepEngine(Engine):
         super().__init__(state, code)
         self._code = deep
 
-    def _between(self, blocks: list[Array]) -> tuple[Array, ...]:
-        return tuple(blocks) or (_NOTHING,)
+    def _between(self, blocks: list[Array], none: Array) -> tuple[Array, ...]:
+        return tuple(blocks) or (none,)
 
     def takes(self, rows: int, outputs: int) -> bool:
         """See ``Engine``."""

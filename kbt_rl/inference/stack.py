@@ -55,6 +55,7 @@ class HeadStack:
         self.replaced = self._gone_through = object()
         self.handed_out: dict[int, Tensor] = {}
         self._tensors: list[tuple[Tensor, ...]] = []
+        self._kept, self._least = kept(head.mean.dtype), head.state.least_quotient
         names = tuple(head._buffers)
         # A buffer that is made in inference mode could never be changed outside of it.
         with torch.inference_mode(False):
@@ -72,7 +73,7 @@ class HeadStack:
         spec, means = head.spec, self._arrays["mean"]
         layers, weights = len(spec.shapes), means.shape[1]
         covs = tuple(self._arrays[name] for name in head._cov_names)
-        between = covs[layers] if len(covs) > layers else np.empty((len(heads), 0, 0))
+        between = covs[layers] if len(covs) > layers else np.empty((len(heads), 0, 0), means.dtype)
         shapes = tuple((*shape, neurons_per_row(shape)) for shape in spec.shapes)
         self._posterior = means, covs[:layers], between, shapes
         self._neurons = spec.structure in ("neuron", "diagonal") and layers == 2 and spec.outputs == 1
@@ -85,13 +86,10 @@ class HeadStack:
 
     @staticmethod
     def serves(heads: Sequence[Posterior]) -> bool:
-        """Whether there is machine code for heads of this kind; a history needs each head's own increments.
-
-        Float32 needs a repair now and then, which goes the general way.
-        """
+        """Whether there is machine code for heads of this kind; a history needs each head's own increments."""
         engine = heads[0].state.engine
         ready = engine is not None and engine.learns and heads[0]._history is None
-        return ready and all(head.mean.device.type == "cpu" and head.mean.dtype == torch.float64 for head in heads)
+        return ready and all(head.mean.device.type == "cpu" for head in heads)
 
     def __getitem__(self, name: str) -> Array:
         """The buffers of this name, ``(H, ...)``."""
@@ -167,19 +165,18 @@ class HeadStack:
         labels = _float64(target)[:, 0] / self["target_scale"][:, 0]
         noises = self["noise_cov"][:, 0, 0].copy()
 
-        means, covs, _, shapes = self._posterior
-        kept_part = kept(torch.float64)
+        means, covs, _, _ = self._posterior
 
         def learn(part: slice) -> None:
             if self._neurons:
                 self._code.learn_neurons(
-                    means, *covs, shapes, *self._units, self._labels_seen, heads[part], rows, labels, noises,
-                    self._replacing, kept_part, 0.0, steps[part], records[part],
+                    means, *covs, *self._units, self._labels_seen, heads[part], rows, labels, noises,
+                    self._replacing, self._kept, self._least, steps[part], records[part],
                 )  # fmt: skip
             else:
                 self._code.learn_many(
                     *self._posterior, self._workspace_shape, *self._units, self._labels_seen, heads[part], rows, labels,
-                    noises, self._replacing, kept_part, steps[part], records[part],
+                    noises, self._replacing, self._kept, self._least, steps[part], records[part],
                 )  # fmt: skip
 
         if len(steps):

@@ -33,7 +33,7 @@ def learn_many(
     means: Array, covs: tuple[Array, ...], between: Array, shapes: Shapes, workspace_shape: tuple[int, int],
     centres: Array, scales: Array, labels_seen: Array,
     heads: Array, features: Array, labels: Array, noises: Array, replacing: bool, kept: float,
-    plan: Array, records: Array,
+    least: float, plan: Array, records: Array,
 ) -> None:  # fmt: skip
     """``learn`` for ``heads`` ``(R,)``, each with its row of ``features`` ``(H, d)`` and its label of ``(H,)``.
 
@@ -51,8 +51,8 @@ def learn_many(
         moved, moves = step[:weights], step[weights : 2 * weights].reshape(1, weights)
         inputs = in_units(centres[h], scales[h], features[h])
         record, sign = row_step(
-            means[h], own, own[0], between[h], shapes, workspace, inputs, labels[h], noises[h], replacing, kept, 0.0,
-            moved, moves,
+            means[h], own, own[0], between[h], shapes, workspace, inputs, labels[h], noises[h], replacing, kept,
+            least, moved, moves,
         )  # fmt: skip
         for i in range(4):
             records[r, i] = record[i]

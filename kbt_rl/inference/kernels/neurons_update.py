@@ -9,8 +9,8 @@ import numpy as np
 from kbt_rl.inference.kernels.jit import compiled_nogil, inlined
 from kbt_rl.inference.kernels.neurons import downdate_neurons, project_neurons
 from kbt_rl.inference.kernels.relu import relu_unit
-from kbt_rl.inference.kernels.terms import FAR, INFINITY_BITS, LARGEST, SMALLEST_MOVE, Array, Shapes
-from kbt_rl.inference.kernels.units import is_resolved
+from kbt_rl.inference.kernels.terms import FAR, INFINITY_BITS, LARGEST, SMALLEST_MOVE, Array
+from kbt_rl.inference.kernels.units import resolves
 from kbt_rl.inference.kernels.vectors import is_finite
 
 # As ``SMALLEST_MOVE``, for all weights of a unit at once, whose moves are some variances times this.
@@ -59,7 +59,7 @@ def _weighed(
 
 @compiled_nogil
 def learn_neurons(
-    means: Array, firsts: Array, lasts: Array, shapes: Shapes, centres: Array, scales: Array, labels_seen: Array,
+    means: Array, firsts: Array, lasts: Array, centres: Array, scales: Array, labels_seen: Array,
     heads: Array, features: Array, labels: Array, noises: Array, replacing: bool, kept: float, least: float,
     plan: Array, records: Array,
 ) -> None:  # fmt: skip
@@ -113,7 +113,7 @@ def learn_neurons(
                 own_above[0, j] = flat_lasts[h, j] * activation[j]
         out_mean, variance = means[h, hidden + n], own_above[0, n]
         for j in range(n):
-            weight = means[h, hidden + j]
+            weight = np.float64(means[h, hidden + j])
             out_mean += weight * activation[j]
             last_variance = lasts[h, 0, j, j] if firsts.ndim == 4 else flat_lasts[h, j]
             variance += own_above[0, j] * activation[j] + spread[j] * (weight * weight + last_variance)
@@ -131,8 +131,7 @@ def learn_neurons(
                 for p in range(k):
                     own[j, p] *= factor
             if done and least > 0.0:  # ``diagonal`` has nothing to repair
-                covs = firsts[h], lasts[h]
-                done = is_resolved(means[h], covs, firsts[h], shapes, inputs, cross, variances, least)
+                done = resolves(gate, activation, inputs, cross, variances, least)
             step, smallest = _moved(cross, variances, change, root, kept)
         else:
             for j in range(n):

@@ -69,7 +69,7 @@ def learn(
         records, one = np.empty((1, 4)), np.empty(1)
         one[0] = label
         learn_neurons(
-            mean.reshape(1, mean.size), first.reshape((1, *first.shape)), covs[1].reshape((1, *covs[1].shape)), shapes,
+            mean.reshape(1, mean.size), first.reshape((1, *first.shape)), covs[1].reshape((1, *covs[1].shape)),
             centre.reshape(1, centre.size), scale.reshape(1, centre.size), labels_seen, np.zeros(1, np.int64),
             features.reshape(1, centre.size), one, np.full(1, noise), replacing, kept, least, np.empty((0, 0)), records,
         )  # fmt: skip

@@ -65,26 +65,46 @@ def unit_moments(mean: Array, first: Array, shapes: Shapes, inputs: Array) -> tu
 
 
 @compiled
+def resolves(gate: Array, activation: Array, inputs: Array, cross: Array, variances: Array, least: float) -> bool:
+    """Whether ``resolution``'s quotient is at least ``least``, for one output.
+
+    Args:
+        gate: Derivative of the output by each logit of the first layer, ``(n,)``.
+        activation: Of the second layer, ``(n + 1,)``; empty if there is none.
+        inputs: ``[z; 1]``, ``(k,)``.
+        cross: ``Cov(w, u)``, ``(P,)``.
+        variances: Of the weights, ``(P,)``.
+        least: The limit.
+    """
+    n, k, hidden = gate.size, inputs.size, gate.size * inputs.size
+    own, own_variances = cross[:hidden].reshape(n, k), variances[:hidden].reshape(n, k)
+    above, above_variances = cross[hidden:], variances[hidden:]
+    together = apart = 0.0
+    for unit in range(n):
+        for p in range(k):
+            gradient = gate[unit] * inputs[p]
+            together += gradient * own[unit, p]
+            apart += gradient * gradient * own_variances[unit, p]
+    for q in range(activation.size):
+        together += activation[q] * above[q]
+        apart += activation[q] * activation[q] * above_variances[q]
+    return together >= least * apart
+
+
+@compiled
 def is_resolved(
     mean: Array, covs: tuple[Array, ...], first: Array, shapes: Shapes, inputs: Array, cross: Array, variances: Array,
     least: float
 ) -> bool:  # fmt: skip
-    """Whether ``resolution``'s quotient of a row ``[z; 1]``, for one output, is at least ``least``."""
+    """``resolves`` for a row ``[z; 1]``, from the posterior."""
     n, k, per_row = shapes[0]
-    hidden, two, spreads = n * k, len(covs) == 2, np.empty(n)
-    together = apart = 0.0
-    if two:
-        unit_variances(first, inputs, n, per_row, spreads)
-        together, apart = cross[hidden + n], variances[hidden + n]
+    if len(covs) == 1:
+        return resolves(np.ones(1), np.empty(0), inputs, cross, variances, least)
+    spreads, gate, activation = np.empty(n), np.empty(n), np.empty(n + 1)
+    unit_variances(first, inputs, n, per_row, spreads)
+    activation[n] = 1.0
     for unit in range(n):
-        own, slope = unit * k, 1.0
-        if two:
-            activation, _, slope, _ = relu_unit(dot(mean[own : own + k], inputs), spreads[unit])
-            slope *= mean[hidden + unit]
-            together += activation * cross[hidden + unit]
-            apart += activation * activation * variances[hidden + unit]
-        for p in range(k):
-            gradient = slope * inputs[p]
-            together += gradient * cross[own + p]
-            apart += gradient * gradient * variances[own + p]
-    return together >= least * apart
+        logit = dot(mean[unit * k : (unit + 1) * k], inputs)
+        activation[unit], _, slope, _ = relu_unit(logit, spreads[unit])
+        gate[unit] = slope * mean[n * k + unit]
+    return resolves(gate, activation, inputs, cross, variances, least)
