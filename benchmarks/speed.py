@@ -102,15 +102,17 @@ def _updates(head: BayesianHead, rows: int = 1) -> Callable[[], Any]:
     return call
 
 
-def _row(group: str, name: str, timing: Timing, head: BayesianHead | None = None, rows: int = 1) -> Row:
+def _row(
+    group: str, name: str, timing: Timing, head: BayesianHead | None = None, rows: int = 1, limit: float = math.nan
+) -> Row:
+    """A timed call; its limit is measured where none is given and a formula is known."""
     threads = torch.get_num_threads()
     if head is None:
         return Row(group, name, "", 0, 0, 0, 0, rows, 0, 0, timing.median_us, timing.p99_us, float("nan"), threads, "")
     state = head.state
     shapes = [(shape.n, shape.k) for shape in state.spec.shapes]
     stored = sum(block.nbytes for block in state.cov)
-    limit = float("nan")
-    if rows == 1 and head.out_features == 1:
+    if math.isnan(limit) and rows == 1 and head.out_features == 1:
         work = update_work(state.spec.structure, tuple(shapes), state.mean.itemsize)
         limit = 1e6 * work.seconds(limits(work.stored_bytes))
     width = shapes[0][0] if len(shapes) > 1 else 0
@@ -224,8 +226,8 @@ def independent_heads(seconds: float, largest: int) -> list[Row]:
             limit = 1e6 * count * work.seconds(limits(count * work.stored_bytes))
             for name, threads in (("loop", 1), ("one call", 1), ("one call", 2)):
                 of = f"{structure}, {features}-{width}-1, {count}, {name}"
-                row = _row(INDEPENDENT, of, timings[f"{name}, {threads}"], head)
-                found.append(row._replace(rows=count, limit_us=limit / threads, threads=threads))
+                row = _row(INDEPENDENT, of, timings[f"{name}, {threads}"], head, count, limit / threads)
+                found.append(row._replace(threads=threads))
     return found
 
 
@@ -248,16 +250,17 @@ def _fleet(head: BayesianHead, count: int) -> dict[str, Callable[[], Any]]:
 
 
 def samples_seen(seconds: float, total: int) -> list[Row]:
-    """Updates of the same head after 1, 10, ... samples: constant time and memory."""
+    """Updates of the same head, the first ones and those from 10, 100, ... samples on: constant time and memory."""
     head = head_of("neuron")
     call, found, seen = _updates(head), [], 0
-    mark = 1
+    mark = 0
     while mark <= total:
         while seen < mark:
             call()
             seen += 1
-        timing = in_turns({"update": call}, min(seconds, 0.5))["update"]
-        seen += timing.calls + 3
-        found.append(_row("samples seen", f"after {mark} samples", timing, head))
-        mark *= 10
+        first = int(head.labels_seen) + 1
+        timing = in_turns({"update": call}, min(seconds, 0.5), warm_up=0)["update"]
+        seen = int(head.labels_seen)
+        found.append(_row("samples seen", f"samples {first:,} to {seen:,}", timing, head))
+        mark = next(10**power for power in range(1, 10) if 10**power > seen)
     return found

@@ -6,6 +6,7 @@ import copy
 import pickle
 import signal
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.record import UpdateInfo
+from kbt_rl.inference.stack import HeadStack
 
 HEADS, FEATURES = 5, 4
 
@@ -64,7 +66,9 @@ def assert_same(batch: HeadBatch, heads: list[BayesianHead], tolerance: float = 
     for mine, other in zip(batch, heads, strict=True):
         for ours, theirs in zip((mine.mean, *mine._cov()), (other.mean, *other._cov()), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
-        assert torch.equal(mine.noise_cov, other.noise_cov) or mine.learns_noise
+        torch.testing.assert_close(mine.noise_cov, other.noise_cov, rtol=1e-10, atol=0.0)
+        if mine.learns_noise:
+            torch.testing.assert_close(mine.noise_labels, other.noise_labels, rtol=1e-10, atol=0.0)
         assert int(mine.labels_seen) == int(other.labels_seen)
 
 
@@ -397,6 +401,88 @@ def test_an_interrupt_leaves_each_head_before_or_after(together: bool) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
     assert caught >= 10
+
+
+@MACHINE_CODE
+def test_threads_that_come_first_together_make_one_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one would take the heads away from the call that has just been given the first."""
+    under_way: list[threading.Event] = []
+
+    class SlowStack(HeadStack):
+        def __init__(self, *arguments: Any) -> None:
+            under_way.append(threading.Event())
+            begun.set()
+            time.sleep(0.2)
+            super().__init__(*arguments)
+
+    begun = threading.Event()
+    monkeypatch.setattr("kbt_rl.inference.batch.HeadStack", SlowStack)
+    batch, heads = batch_of(HeadConfig(structure="neuron"))
+    features, target = randn(HEADS, FEATURES, seed=1), randn(HEADS, 1, seed=2)
+    learner = threading.Thread(target=lambda: batch.update(features, target))
+    learner.start()
+    begun.wait()
+    batch.predict_logits(features)
+    learner.join()
+    assert len(under_way) == 1
+    for index, head in enumerate(heads):
+        head.update(features[index : index + 1], target[index : index + 1])
+    assert_same(batch, heads)
+
+
+@MACHINE_CODE
+def test_batches_that_share_heads_do_not_wait_for_each_other() -> None:
+    heads = separate(HeadConfig(structure="neuron"))
+    features, target = randn(HEADS, FEATURES, seed=1), randn(HEADS, 1, seed=2)
+
+    def learn(batch: HeadBatch) -> None:
+        for _ in range(100):
+            batch.update(features, target)
+
+    batches = [HeadBatch(heads), HeadBatch(heads)]
+    threads = [threading.Thread(target=learn, args=(batch,), daemon=True) for batch in batches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert not any(thread.is_alive() for thread in threads)
+    assert {int(head.labels_seen) for head in heads} == {200}
+
+
+@MACHINE_CODE
+def test_read_only_rows_need_no_machine_code_of_their_own() -> None:
+    from kbt_rl.inference.kernels import learn_neurons
+
+    batch, heads = batch_of(HeadConfig(structure="neuron"))
+    features, target = randn(HEADS, FEATURES, seed=1).numpy(), randn(HEADS, 1, seed=2).numpy()
+    batch.update(features, target)
+    known = set(learn_neurons.signatures)
+    for array in (features, target):
+        array.flags.writeable = False
+    batch.update(features, target)
+    assert set(learn_neurons.signatures) == known
+    for _ in range(2):
+        for index, head in enumerate(heads):
+            head.update(features[index : index + 1], target[index : index + 1])
+    assert_same(batch, heads)
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_huge_features_are_refused_however_small_the_variances(structure: str, layers: int) -> None:
+    config = HeadConfig(structure=structure, layers=layers)
+    batch, heads = batch_of(config)
+    for head in (*batch, *heads):
+        for block in head._cov():
+            block.mul_(1e-20)
+    features, target = 1e27 * randn(HEADS, FEATURES, seed=1), randn(HEADS, 1, seed=2)
+    before = [bits(head) for head in batch]
+    assert batch.update(features, target).refused.keys() == set(range(HEADS))
+    for index, head in enumerate(heads):
+        with pytest.raises(UpdateError, match="huge"):
+            head.update(features[index : index + 1], target[index : index + 1])
+    assert [bits(head) for head in batch] == [bits(head) for head in heads] == before
 
 
 @MACHINE_CODE

@@ -72,7 +72,7 @@ def test_no_sum_of_the_largest_loop_depends_on_addresses() -> None:
 
 
 def compiled_afresh(
-    structures: tuple[str, ...], layers: tuple[int, ...], outputs: tuple[int, ...], counts: tuple[int, ...]
+    structures: tuple[str, ...], layers: tuple[int, ...], outputs: tuple[int, ...], counts: tuple[int, ...], dtype: str
 ) -> None:
     """Compile what heads of these kinds use and print which of it there was, and each sum that depends on addresses."""
     import torch
@@ -83,7 +83,9 @@ def compiled_afresh(
     for structure in structures:
         for depth in layers:
             for o in outputs:
-                heads = [BayesianHead(4, o, HeadConfig(structure=structure, layers=depth)) for _ in range(3)]
+                heads = [
+                    BayesianHead(4, o, HeadConfig(structure=structure, layers=depth, dtype=dtype)) for _ in range(3)
+                ]
                 head, batch = heads[0], HeadBatch(heads)
                 for rows in counts:
                     head.update(torch.ones(rows, 4), torch.zeros(rows, o))
@@ -106,12 +108,13 @@ def compiled_afresh(
 @pytest.mark.parametrize(
     "kinds",
     [
-        (("neuron",), (2,), (1,), (1,)),
-        pytest.param((STRUCTURES, (1, 2, 3), (1, 2), (1, 3)), marks=pytest.mark.nightly),
+        (("neuron",), (2,), (1,), (1,), "float64"),
+        pytest.param((STRUCTURES, (1, 2, 3), (1, 2), (1, 3), "float64"), marks=pytest.mark.nightly),
+        pytest.param((STRUCTURES, (1, 2), (1, 2), (1, 3), "float32"), marks=pytest.mark.nightly),
     ],
-    ids=["neuron, one output, one row", "all"],
+    ids=["neuron, one output, one row", "all", "all in float32"],
 )
-def test_no_sum_depends_on_addresses(kinds: tuple[tuple[Any, ...], ...], tmp_path: Path) -> None:
+def test_no_sum_depends_on_addresses(kinds: tuple[Any, ...], tmp_path: Path) -> None:
     code = f"from test_bits import compiled_afresh; compiled_afresh(*{kinds!r})"
     here = Path(__file__).parent
     done = subprocess.run(

@@ -190,6 +190,28 @@ def test_interrupts_are_as_before_if_the_handler_of_another_signal_raises_at_onc
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_interrupts_are_as_before_if_the_handler_of_another_signal_raises_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class AnotherSignal:
+        """Pending when the handler is put back, which Python then does not do."""
+
+        getsignal = staticmethod(signal.getsignal)
+        calls = 0
+
+        def signal(self, number: int, handler: Any) -> Any:
+            self.calls += 1
+            if self.calls == 2:
+                raise TimeoutError
+            return signal.signal(number, handler)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(interrupts, "_signal", AnotherSignal())
+    with pytest.raises(TimeoutError), interrupts_deferred():
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_an_interrupt_during_a_block_that_fails_is_delivered_with_the_error() -> None:
     def fail() -> None:
         with interrupts_deferred():

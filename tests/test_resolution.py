@@ -92,8 +92,33 @@ def test_the_machine_code_computes_in_float64(structure: str, layers: int, outpu
     for other, mine in zip(wide.predict(features), narrow.predict(features), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-13)
     ours, theirs = narrow.increment(features, target), wide.increment(features, target)
-    assert ours.info.nis == pytest.approx(theirs.info.nis, rel=1e-11)
-    assert ours.info.epistemic_variance == pytest.approx(theirs.info.epistemic_variance, rel=1e-11)
+    torch.testing.assert_close(ours.mean_step, theirs.mean_step, rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(ours.cov_factor, theirs.cov_factor, rtol=1e-9, atol=1e-13)
+    mine, other = narrow.update(features, target), wide.update(features, target)
+    for name in ("nis", "epistemic_variance", "log_density", "innovation"):
+        assert getattr(ours.info, name) == pytest.approx(getattr(theirs.info, name), rel=1e-11), name
+        assert getattr(mine, name) == pytest.approx(getattr(other, name), rel=1e-11), name
+
+
+@pytest.mark.parametrize("machine_code", [pytest.param(True, marks=MACHINE_CODE), False])
+def test_units_whose_variance_is_rounded_below_nothing(machine_code: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are certain to a prediction, and a label that wants to know more repairs them."""
+    if not machine_code:
+        monkeypatch.setattr(compiled, "kernels", lambda: None)
+    _, narrow = pair(structure="neuron", noise_variance=1e-8)
+    row, target = randn(1, FEATURES, seed=1), randn(1, 1, seed=2)
+    inputs = torch.cat([row[0], torch.ones(1)])
+    along = torch.outer(inputs, inputs) / inputs.square().sum()
+    narrow.cov_0.copy_(1e-4 * (torch.eye(FEATURES + 1) - (1.0 + 1e-6) * along))
+    spreads = torch.einsum("p,jpq,q->j", inputs, narrow.cov_0.double(), inputs)
+    assert bool((spreads < 0.0).all())
+    assert bool((narrow.state.variances() > 0.0).all())
+    for part in narrow.predict(row):
+        assert bool(torch.isfinite(part).all())
+    torch.testing.assert_close(narrow.predict(row).mean, narrow(row), rtol=1e-6, atol=1e-7)
+    narrow.cov_1.mul_(1e-12)  # so that the label is about the hidden units
+    assert narrow.update(row, target).repairs == 1
+    assert bool((narrow.state.variances() > 0.0).all())
 
 
 @pytest.mark.parametrize("structure", CORRELATED)

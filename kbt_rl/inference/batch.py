@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from kbt_rl.inference.output import measure, replace
 from kbt_rl.inference.stack import HeadStack
 
 Array = npt.NDArray[Any]
+_stacking = threading.Lock()
 
 
 class HeadBatch(nn.ModuleList):
@@ -76,10 +78,9 @@ class HeadBatch(nn.ModuleList):
     def forward(self, features: Tensor) -> Tensor:
         """Predicted mean of each head's target ``(H, o)`` for its row of ``features`` ``(H, d)``."""
         rows = self._rows(features)
-        stack = self._bound()
-        if stack is None:
-            return torch.cat([head(row) for head, row in zip(self, rows.split(1), strict=True)])
-        with self._lock:
+        with self._held() as stack:
+            if stack is None:
+                return torch.cat([head(row) for head, row in zip(self, rows.split(1), strict=True)])
             logits = torch.from_numpy(stack.means(as_array(rows), self.threads))
             scale = torch.from_numpy(stack["target_scale"].copy())
         return torch.softmax(logits, dim=-1) if self[0].rule.link == "softmax" else logits * scale
@@ -88,12 +89,11 @@ class HeadBatch(nn.ModuleList):
     def predict(self, features: Tensor) -> Prediction:
         """Distribution of each head's target for its row of ``features`` ``(H, d)``."""
         rows = self._rows(features)
-        stack = self._bound()
-        if stack is None:
-            found = [head.predict(row) for head, row in zip(self, rows.split(1), strict=True)]
-            return Prediction(*(torch.cat(part) for part in zip(*found, strict=True)))
-        with self._lock:
-            logits = self.predict_logits(features)
+        with self._held() as stack:
+            if stack is None:
+                found = [head.predict(row) for head, row in zip(self, rows.split(1), strict=True)]
+                return Prediction(*(torch.cat(part) for part in zip(*found, strict=True)))
+            logits = Gaussian(*map(torch.from_numpy, stack.moments(as_array(rows), self.threads)))
             noise_cov, scale = (torch.from_numpy(stack[name].copy()) for name in ("noise_cov", "target_scale"))
         return of_targets(logits, self[0].rule.link, noise_cov, scale)
 
@@ -101,11 +101,10 @@ class HeadBatch(nn.ModuleList):
     def predict_logits(self, features: Tensor, each: int = 1) -> Gaussian:
         """Distribution of each head's logits for ``each`` successive rows of ``features`` ``(H each, d)``."""
         rows = self._rows(features, each)
-        stack = self._bound()
-        if stack is None:
-            blocks = [head.predict_logits(block) for head, block in zip(self, rows.split(each), strict=True)]
-            return Gaussian(torch.cat([block.mean for block in blocks]), torch.cat([block.cov for block in blocks]))
-        with self._lock:
+        with self._held() as stack:
+            if stack is None:
+                blocks = [head.predict_logits(block) for head, block in zip(self, rows.split(each), strict=True)]
+                return Gaussian(torch.cat([block.mean for block in blocks]), torch.cat([block.cov for block in blocks]))
             return Gaussian(*map(torch.from_numpy, stack.moments(as_array(rows), self.threads)))
 
     def update(self, features: Tensor | Array, target: Tensor | Array, *, together: bool = False) -> BatchInfo:
@@ -133,8 +132,8 @@ class HeadBatch(nn.ModuleList):
         rows, labels = given
         info = BatchInfo.empty(len(self))
         wanted = np.flatnonzero(~np.isnan(labels).any(axis=1))
-        stack = self._bound() if self._learns_in_one_call else None
-        with self._lock:
+        with self._held() as held:
+            stack = held if self._learns_in_one_call else None
             if together:
                 self._learn_together(stack, wanted, rows, labels, info)
             else:
@@ -173,18 +172,25 @@ class HeadBatch(nn.ModuleList):
         head = self[0]
         return head.out_features == 1 and head.noise_model is None and head.rule.condition in (measure, replace)
 
-    def _bound(self) -> HeadStack | None:
-        """The stack on which all heads are now, made anew when one or a buffer was replaced; None if no code serves."""
-        code, heads, stack = compiled.kernels(), tuple(self), self._stack
-        if code is not None and stack is not None and stack.holds(heads):
-            return stack
+    @contextmanager
+    def _held(self) -> Iterator[HeadStack | None]:
+        """The lock, and meanwhile the stack on which all heads are; None if no machine code serves them.
+
+        The stack is made anew when a head or a buffer was replaced. Not to be nested: who makes one takes
+        ``_stacking``, its own lock and those of the heads in this order, so that batches that share heads cannot wait
+        for each other.
+        """
+        code, heads = compiled.kernels(), tuple(self)
         with self._lock:
-            self._stack = None
-            if code is not None and HeadStack.serves(heads):
-                self._stack = HeadStack(heads, code)
-                for head in heads:
-                    head._lock = self._lock
-            return self._stack
+            if self._stack is not None and not self._stack.holds(heads):
+                self._stack = None
+            if code is None or self._stack is not None or not HeadStack.serves(heads):
+                yield None if code is None else self._stack
+                return
+        with _stacking, self._lock:
+            if self._stack is None or not self._stack.holds(heads):
+                self._stack = HeadStack(heads, code, self._lock)
+            yield self._stack
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_stack": None}

@@ -57,7 +57,7 @@ class Engine(ABC):
 
     Attributes:
         propagates: Whether all of it serves this head; ``commit`` always does.
-        learns: Whether there is ``RowEngine.learn`` for it.
+        learns: Whether there is ``RowEngine.learn`` for it, if it has one output.
     """
 
     learns = False

@@ -213,8 +213,8 @@ class BayesianHead(Posterior):
         Returns:
             The record of the update in units of ``target_scale``, over all blocks where there are several.
         """
-        memory = self._memory()
         with self._lock:
+            memory = self._memory()
             done = memory.learn(features, target)
         if done is not None:
             return done

@@ -27,7 +27,10 @@ def interrupts_deferred() -> Iterator[None]:
         _signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
         yield
     finally:  # also after an error, which the interrupt then carries along
-        _signal.signal(signal.SIGINT, before)
+        try:
+            _signal.signal(signal.SIGINT, before)
+        finally:  # a signal that came before it, and whose handler raises, is raised instead of setting this one
+            _signal.signal(signal.SIGINT, before)
         if pending and callable(before):
             before(*pending[0])
         elif pending and before == signal.SIG_DFL:

@@ -198,7 +198,7 @@ def prepare(structure: str, layers: int, propagates: bool, dtype: torch.dtype) -
     Args:
         structure: How the covariance is stored.
         layers: Depth.
-        propagates: See ``RowEngine``; without it there is nothing but the commit.
+        propagates: See ``Engine``; without it there is nothing but the commit.
         dtype: Of the posterior.
     """
     state = _smallest_state(structure, layers, dtype)

@@ -139,7 +139,8 @@ def _standardise(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     their square would overflow; ``Phi`` and ``phi`` reached their limits long before.
     """
     limits = torch.finfo(mean.dtype)
-    sd = variance.sqrt().clamp_min_(math.sqrt(limits.tiny))
+    # Rounding may leave a variance of 0 a little below.
+    sd = variance.clamp_min(0.0).sqrt_().clamp_min_(math.sqrt(limits.tiny))
     far = 0.5 * math.sqrt(limits.max)
     return sd, (mean / sd).clamp_(-far, far)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from operator import is_
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -43,6 +45,7 @@ class HeadStack:
     Args:
         heads: Of one kind, with machine code (see ``serves``).
         code: The machine code.
+        lock_of_all: Takes the place of each head's own.
 
     Attributes:
         replaced, handed_out: See ``stacked_buffers.Watcher``. A cache of what follows from a posterior is told by the
@@ -50,25 +53,28 @@ class HeadStack:
             updates, so those of means that were never handed out stay.
     """
 
-    def __init__(self, heads: Sequence[Posterior], code: ModuleType) -> None:
+    def __init__(self, heads: Sequence[Posterior], code: ModuleType, lock_of_all: threading.RLock) -> None:
         head, self._code, self._heads = heads[0], code, tuple(heads)
         self.replaced = self._gone_through = object()
         self.handed_out: dict[int, Tensor] = {}
         self._tensors: list[tuple[Tensor, ...]] = []
         self._kept, self._least = kept(head.mean.dtype), head.state.least_quotient
         names = tuple(head._buffers)
-        # A buffer that is made in inference mode could never be changed outside of it.
-        with torch.inference_mode(False):
+        with ExitStack() as held:
+            for lock in {id(each._lock): each._lock for each in heads}.values():
+                held.enter_context(lock)
+            # A buffer that is made in inference mode could never be changed outside of it.
+            held.enter_context(torch.inference_mode(False))
             self._arrays = {
                 name: np.stack([each._buffers[name].numpy() for each in heads])  # type: ignore[union-attr]
                 for name in names
             }
             for index, each in enumerate(heads):
-                with each._lock:
-                    for name, array in self._arrays.items():
-                        each._buffers[name] = torch.from_numpy(array[index, ...])
-                    buffers = StackedBuffers(each._buffers, self, index)
-                    each._buffers = buffers
+                for name, array in self._arrays.items():
+                    each._buffers[name] = torch.from_numpy(array[index, ...])
+                buffers = StackedBuffers(each._buffers, self, index)
+                each._buffers = buffers
+                each._lock = lock_of_all
                 self._tensors.append(tuple(dict.values(buffers)))
         spec, means = head.spec, self._arrays["mean"]
         layers, weights = len(spec.shapes), means.shape[1]
@@ -191,7 +197,7 @@ class HeadStack:
 
     def _change(self, threads: int, call: Callable[[slice], None], heads: Array) -> None:
         if self.handed_out:
-            # Before, see ``RowEngine``; not once more after, for whoever caches what follows from a posterior does so
+            # Before, see ``Engine``; not once more after, for whoever caches what follows from a posterior does so
             # under the lock, which the batch holds.
             known = dict(self.handed_out)
             increment_version([known[i] for i in heads.tolist() if i in known])
@@ -209,4 +215,5 @@ def _share(threads: int, call: Callable[[slice], None], items: Array) -> None:
 
 
 def _float64(values: Array) -> Array:
-    return np.ascontiguousarray(values, dtype=np.float64)
+    """As they are or, where numba would compile anew for their kind, a copy."""
+    return np.require(values, np.float64, ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"])

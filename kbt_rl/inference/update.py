@@ -85,7 +85,7 @@ def increment(
             return step._replace(correlation=1.0 - forgotten, info=step.info._replace(repairs=1))
         except (NegativeVarianceError, NotPositiveDefiniteError):
             # The rows' own variance may be in order and their covariance with the weights not yet.
-            if limit == 0.0 or forgotten == 1.0:
+            if limit == 0.0 or not forgotten < 1.0:  # not a number neither, which no repair makes one
                 raise
             forgotten = min(max(2.0 * forgotten, limit), 1.0)
 
@@ -119,9 +119,15 @@ def apply(state: HeadState, step: Increment) -> None:
 
     What has to be allocated is allocated before the first change.
     """
-    if len(step.signs) <= _LARGEST_ROW_RANK and state.engine is not None and step.correlation == 1.0:
-        moves = np.ascontiguousarray(step.cov_factor.mT.numpy())
-        state.engine.commit(step.mean_step.numpy(), moves, step.signs.numpy())
+    if len(step.signs) <= _LARGEST_ROW_RANK and state.engine is not None:
+        change = step.mean_step.numpy(), np.ascontiguousarray(step.cov_factor.mT.numpy()), step.signs.numpy()
+        if step.correlation == 1.0:
+            state.engine.commit(*change)
+            return
+        variances = state.variances()
+        with interrupts_deferred():
+            resolution.scale_correlations_(state, step.correlation, variances)
+            state.engine.commit(*change)
         return
     whole, sizes = step.cov_factor.to(state.mean.dtype), state.spec.sizes
     signed, variances = whole * step.signs.to(whole.dtype), state.variances()

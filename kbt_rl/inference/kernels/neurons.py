@@ -73,7 +73,7 @@ def two_layers_neurons(mean: Array, first: Array, last: Array, features: Array, 
     activation, z_variance = np.empty(n + 1), np.empty(n)
     activation[n] = 1.0
     for j in range(n):
-        activation[j], z_variance[j], slope[j], _ = relu_unit(logits[j], dot(projection[j], inputs))
+        activation[j], z_variance[j], slope[j], _ = relu_unit(logits[j], max(dot(projection[j], inputs), 0.0))
 
     above = np.empty((o, n + 1))
     project_neurons(last, activation, above, variances[hidden:].reshape(o, n + 1))

@@ -11,7 +11,7 @@ from kbt_rl.inference.kernels.neurons import downdate_neurons, project_neurons
 from kbt_rl.inference.kernels.relu import relu_unit
 from kbt_rl.inference.kernels.terms import FAR, INFINITY_BITS, LARGEST, SMALLEST_MOVE, Array
 from kbt_rl.inference.kernels.units import resolves
-from kbt_rl.inference.kernels.vectors import is_finite
+from kbt_rl.inference.kernels.vectors import is_finite, sum_of
 
 # As ``SMALLEST_MOVE``, for all weights of a unit at once, whose moves are some variances times this.
 _SMALLEST_GATE = 1e-140
@@ -103,7 +103,7 @@ def learn_neurons(
                 for p in range(d):
                     logit += means[h, at + p] * inputs[p]
                     total += flat_firsts[h, at + p] * squares[p]
-            activation[j], spread[j] = logit, total
+            activation[j], spread[j] = logit, max(total, 0.0)
         for j in range(n):
             activation[j], spread[j], gate[j], _ = relu_unit(activation[j], spread[j])
         if firsts.ndim == 4:
@@ -125,6 +125,7 @@ def learn_neurons(
         change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
         gain, root = (label - out_mean) / inverted, math.sqrt(abs(change))
         done = inverted > 0.0 and variance <= LARGEST * LARGEST and abs(label) <= LARGEST
+        done = done and sum_of(squares) <= LARGEST * LARGEST
         if firsts.ndim == 4:
             for j in range(n):
                 factor = gate[j]
