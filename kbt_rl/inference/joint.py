@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kbt_rl.inference import triangle
-from kbt_rl.inference.moments import Gaussian, linear_cov, relu_moments
+from kbt_rl.inference.moments import Gaussian, linear_cov, relu_moments, without_negative_variances
 from kbt_rl.inference.smoother import augment, isotropic
 from kbt_rl.inference.structures import dense_output_cov
 from kbt_rl.inference.triangle import LayerShape
@@ -126,7 +126,7 @@ def forward(
         logits = Gaussian(mean.flatten(-2), logits_cov)
         if depth == len(weights) - 1:
             return JointPass(logits, cross.flatten(-2))
-        activation = relu_moments(logits, relu_order)
+        activation = relu_moments(without_negative_variances(logits), relu_order)
         carried = cross * activation.slope.reshape(*lead, 1, rows, n)
         inputs, input_cov = augment(activation.output.mean.unflatten(-1, (rows, n))), activation.output.cov
     raise ValueError("the head has no layers; it needs at least one linear layer")

@@ -96,6 +96,12 @@ def propagate_rows(matrix: Tensor, cov: Tensor) -> Tensor:
     return full.reshape(*lead, rows * n, rows * n).mT
 
 
+def without_negative_variances(inputs: Gaussian) -> Gaussian:
+    """Makes 0, in place, of variances that rounding has left a little below it, as a ReLU asks for their root."""
+    torch.diagonal(inputs.cov, dim1=-2, dim2=-1).clamp_min_(0.0)
+    return inputs
+
+
 def relu_moments(inputs: Gaussian, order: int = 2) -> ActivationMoments:
     """Moments of ``z = max(0, u)`` for Gaussian ``u``, Eqs. (22), (23).
 
@@ -139,8 +145,7 @@ def _standardise(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     their square would overflow; ``Phi`` and ``phi`` reached their limits long before.
     """
     limits = torch.finfo(mean.dtype)
-    # Rounding may leave a variance of 0 a little below.
-    sd = variance.clamp_min(0.0).sqrt_().clamp_min_(math.sqrt(limits.tiny))
+    sd = variance.sqrt().clamp_min_(math.sqrt(limits.tiny))
     far = 0.5 * math.sqrt(limits.max)
     return sd, (mean / sd).clamp_(-far, far)
 

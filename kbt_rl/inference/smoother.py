@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kbt_rl.inference.moments import Gaussian, linear_cov, relu_moments
+from kbt_rl.inference.moments import Gaussian, linear_cov, relu_moments, without_negative_variances
 from kbt_rl.inference.structures import Structure
 from kbt_rl.inference.triangle import LayerShape
 
@@ -82,7 +82,7 @@ def forward(
         if depth == len(weights) - 1:
             layers.append(LayerPass(projection, None))
             return ForwardPass(logits, tuple(layers))
-        activation = relu_moments(logits, relu_order)
+        activation = relu_moments(without_negative_variances(logits), relu_order)
         layers.append(LayerPass(projection, activation.slope.unflatten(-1, (rows, shape.n))))
         inputs, input_cov = augment(activation.output.mean.unflatten(-1, (rows, shape.n))), activation.output.cov
     raise ValueError("the head has no layers; it needs at least one linear layer")
