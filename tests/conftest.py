@@ -1,4 +1,4 @@
-"""What the tests share: one torch thread, and random posteriors that are far from degenerate."""
+"""What the tests share: one torch thread, a seed, and random posteriors that are far from degenerate."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ MACHINE_CODE = pytest.mark.skipif(compiled.kernels() is None, reason='needs numb
 
 settings.register_profile("kbt_rl", deadline=None, derandomize=True, database=None)
 settings.load_profile("kbt_rl")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a new layer begins with does not depend on the tests before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.relu import relu_unit
 from kbt_rl.inference.kernels.terms import Array, Shapes
-from kbt_rl.inference.kernels.units import in_units
+from kbt_rl.inference.kernels.units import in_units, own_block
 from kbt_rl.inference.kernels.vectors import axpy, copy, dot
 
 
@@ -39,17 +39,12 @@ def acting_form(
     form, coupling = np.empty((k * (k + 1) // 2, n)), np.empty((o if between.size > 0 else 0, n, k))
     copy(mean[: n * k], weights.reshape(n * k))
     copy(mean[n * k :], above.reshape(o * (n + 1)))
-    offset, begin = 0, 0
     for unit in range(n):
-        if unit == begin + per_row:  # the next block row of the triangle
-            offset += (begin + per_row) * k * per_row * k
-            begin = unit
-        width = min(begin + per_row, n) * k
+        start, width = own_block(unit, n, k, per_row)
         pair = 0
         for p in range(k):
-            row = offset + ((unit - begin) * k + p) * width + unit * k
             for q in range(p, k):
-                entry = _entry(first, unit, p, q, row + q)
+                entry = _entry(first, unit, p, q, start + p * width + q)
                 form[pair, unit] = entry if p == q else 2.0 * entry
                 pair += 1
         for j in range(coupling.shape[0]):

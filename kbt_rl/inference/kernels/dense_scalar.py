@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kbt_rl.inference.kernels.jit import compiled
-from kbt_rl.inference.kernels.relu import relu_unit
+from kbt_rl.inference.kernels.relu import relu_entry, relu_unit
 from kbt_rl.inference.kernels.row_blocks import gather, multiply
 from kbt_rl.inference.kernels.terms import Array, RowPass
 from kbt_rl.inference.kernels.units import unit_variances
@@ -60,7 +60,7 @@ def two_layers_dense_scalar(
         for a in range(upto):
             i = active[a]
             entry = dot(combined[i * k : (i + 1) * k], inputs)
-            entry *= slope[j] * slope[i] + 0.5 * entry * (curvature[j] * curvature[i])
+            entry = relu_entry(entry, slope[j], curvature[j], slope[i], curvature[i])
             variance += 2.0 * entry * (weight * above[i] + second[j, i])
         upto += 1
 

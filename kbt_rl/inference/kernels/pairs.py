@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from kbt_rl.inference.kernels.jit import compiled
+from kbt_rl.inference.kernels.relu import relu_entry
 from kbt_rl.inference.kernels.terms import Array
 
 
@@ -32,10 +33,9 @@ def relu_block(block: Array, j: int, i: int, variance: Array, slope: Array, curv
     """From ``Cov(u_bj, u_ci)`` of two hidden units, ``(B, B)``, to ``Cov(z_bj, z_ci)``, as ``moments.relu_moments``."""
     count = block.shape[0]
     for b in range(count):
-        own, bent = slope[j, b], 0.5 * curvature[j, b]
+        own, bent = slope[j, b], curvature[j, b]
         for c in range(count):
-            entry = block[b, c]
-            block[b, c] = entry * (own * slope[i, c] + entry * (bent * curvature[i, c]))
+            block[b, c] = relu_entry(block[b, c], own, bent, slope[i, c], curvature[i, c])
         if i == j:
             block[b, b] = variance[j, b]
 

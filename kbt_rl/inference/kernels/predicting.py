@@ -6,7 +6,7 @@ import numpy as np
 
 from kbt_rl.inference.kernels.dense import add_outputs
 from kbt_rl.inference.kernels.jit import compiled
-from kbt_rl.inference.kernels.relu import relu_unit
+from kbt_rl.inference.kernels.relu import relu_entry, relu_unit
 from kbt_rl.inference.kernels.row import propagate
 from kbt_rl.inference.kernels.terms import Array, Shapes
 from kbt_rl.inference.kernels.units import in_units
@@ -68,7 +68,7 @@ def _row_moments(
         for e in range(a):
             i = active[e]
             entry = dot(form[j * (j + 1) // 2 + i], products)
-            entry *= slope[j] * slope[i] + 0.5 * entry * (curvature[j] * curvature[i])
+            entry = relu_entry(entry, slope[j], curvature[j], slope[i], curvature[i])
             z_cov[j, i] = z_cov[i, j] = entry
     shared, by_unit = np.zeros((n, between.shape[0])), between.reshape(between.shape[0], n, k)
     for r in range(between.shape[0]):

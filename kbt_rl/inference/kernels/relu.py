@@ -82,6 +82,12 @@ def relu_unit(mean: float, variance: float) -> tuple[float, float, float, float]
     return mean * upper + sd * density, variance * spread, upper, density / sd
 
 
+@inlined
+def relu_entry(entry: float, slope: float, curvature: float, other_slope: float, other_curvature: float) -> float:
+    """Covariance of two units after the ReLU from that before it, the series' two terms."""
+    return entry * (slope * other_slope + 0.5 * entry * (curvature * other_curvature))
+
+
 @compiled
 def relu_dense(mean: Array, cov: Array) -> tuple[Array, Array, Array]:
     """``moments.relu_moments`` with a series of two terms: mean, covariance, slope."""
@@ -90,7 +96,6 @@ def relu_dense(mean: Array, cov: Array) -> tuple[Array, Array, Array]:
     for j in range(n):
         out_mean[j], out_cov[j, j], slope[j], curvature[j] = relu_unit(mean[j], max(cov[j, j], 0.0))
         for i in range(j):
-            entry = cov[j, i]
-            entry *= slope[j] * slope[i] + 0.5 * entry * (curvature[j] * curvature[i])
+            entry = relu_entry(cov[j, i], slope[j], curvature[j], slope[i], curvature[i])
             out_cov[j, i] = out_cov[i, j] = entry
     return out_mean, out_cov, slope

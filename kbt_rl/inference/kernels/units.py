@@ -21,19 +21,25 @@ def in_units(centre: Array, scale: Array, features: Array) -> Array:
 
 
 @compiled
+def own_block(unit: int, n: int, k: int, per_row: int) -> tuple[int, int]:
+    """Where in a triangle (``triangle.py``) a unit's own block begins, and how far its rows are from each other."""
+    block_row = unit // per_row
+    begin = block_row * per_row
+    width = min(begin + per_row, n) * k
+    above = per_row * k * per_row * k * (block_row * (block_row + 1) // 2)
+    return above + (unit - begin) * k * width + unit * k, width
+
+
+@compiled
 def unit_variances(cov: Array, inputs: Array, n: int, per_row: int, out: Array) -> None:
     """``z~' Sigma_j z~`` of each hidden unit, ``(n,)``."""
-    k, offset, begin = inputs.size, 0, 0
+    k = inputs.size
     for j in range(n):
         variance = 0.0
         if cov.ndim == 1:
-            if j == begin + per_row:  # the next block row of the triangle
-                offset += (begin + per_row) * k * per_row * k
-                begin = j
-            width = min(begin + per_row, n) * k
+            start, width = own_block(j, n, k, per_row)
             for p in range(k):
-                start = offset + ((j - begin) * k + p) * width + j * k
-                variance += inputs[p] * dot(cov[start : start + k], inputs)
+                variance += inputs[p] * dot(cov[start + p * width : start + p * width + k], inputs)
         elif cov.ndim == 3:
             for p in range(k):
                 total = 0.0
