@@ -48,7 +48,7 @@ class Limits(NamedTuple):
     flops: float
 
 
-def limits(working_set: int, seconds: float = 0.2) -> Limits:
+def limits(working_set: int, seconds: float = 0.05) -> Limits:
     """Measure at a working set of so many bytes.
 
     Args:
