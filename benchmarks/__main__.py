@@ -43,8 +43,8 @@ class Bench:
         compared: list[blocks.BlockRow] = []
         seconds, seeds = (0.2, self.seeds[:1]) if self.quick else (3.0, self.seeds)
         parts: list[tuple[str, Callable[[], Any]]] = []
-        for threads in (1,) if self.quick else (1, 2):
-            parts.append((f"paper's head, {threads} threads", lambda n=threads: rows.extend(_threads(n, seconds))))
+        threads = (1,) if self.quick else (1, 2)
+        parts.append(("paper's head", lambda: rows.extend(speed.paper_head(seconds, threads))))
         largest = 128 if self.quick else 1024
         parts.append(("sweeps", lambda: rows.extend(speed.sweeps(seconds / 6, largest))))
         fleet = 64 if self.quick else 4096
@@ -69,14 +69,6 @@ class Bench:
         written = page.write(self.out, rows, scores, compared, {**_about(), "missing": missing})
         console.print(f"results in {written}")
         return written
-
-
-def _threads(count: int, seconds: float) -> list[speed.Row]:
-    torch.set_num_threads(count)
-    try:
-        return speed.paper_head(seconds)
-    finally:
-        torch.set_num_threads(1)
 
 
 def _pendulum(out: Path, seed: int) -> accuracy.Task:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -139,8 +139,13 @@ def _fastest(time_all: Callable[[], list[Row]]) -> list[Row]:
     ]
 
 
-def paper_head(seconds: float) -> list[Row]:
-    """Encoder, acting, update of each structure, warm start and a jitted EKF of the same size, in turns."""
+def paper_head(seconds: float, threads: Sequence[int]) -> list[Row]:
+    """Encoder, acting, update of each structure, warm start and a jitted EKF of the same size, in turns.
+
+    Args:
+        seconds: For each call and number of threads.
+        threads: Of PyTorch.
+    """
     env = gym.make(NOMINAL_ID)
     model, baseline = KBT(env=env, seed=0), WarmStart(env=env, seed=0, memory=_MEMORY)
     policy, plain = model.policy, baseline.policy
@@ -171,14 +176,16 @@ def paper_head(seconds: float) -> list[Row]:
     }
     of = {f"update, {structure}": head for structure, head in heads.items()}
 
-    def time_all() -> list[Row]:
-        timings = in_turns(calls, seconds / _ROUNDS)
-        return [_row("paper's head", name, timings[name], of.get(name)) for name in calls]
+    def time_one(count: int) -> list[Row]:
+        torch.set_num_threads(count)
+        try:
+            timings = in_turns(calls, seconds / _ROUNDS)
+            timings[f"warm start {_MEMORY}, per sample"] = _retraining(baseline, contexts, seconds / _ROUNDS)
+            return [_row("paper's head", name, timing, of.get(name)) for name, timing in timings.items()]
+        finally:
+            torch.set_num_threads(1)
 
-    return [
-        *_fastest(time_all),
-        _row("paper's head", f"warm start {_MEMORY}, per sample", _retraining(baseline, contexts, seconds)),
-    ]
+    return _fastest(lambda: [row for count in threads for row in time_one(count)])
 
 
 def _retraining(baseline: WarmStart, contexts: list[Any], seconds: float) -> Timing:
@@ -188,7 +195,7 @@ def _retraining(baseline: WarmStart, contexts: list[Any], seconds: float) -> Tim
         for context in contexts[:_MEMORY]:
             baseline.update(Sample(context, np.zeros((1, 1))))
 
-    found = in_turns({"train": train}, max(seconds, 2.0), burst=1, warm_up=1)["train"]
+    found = in_turns({"train": train}, seconds, burst=1, warm_up=1)["train"]
     return Timing(found.median_us / _MEMORY, found.p99_us / _MEMORY, found.calls * _MEMORY)
 
 
