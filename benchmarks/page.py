@@ -57,8 +57,8 @@ def _page(
         f"{about['torch']}, NumPy {about['numpy']}, numba {about['numba']}, {about['date']}.",
         "Median and 99th percentile in microseconds; *limit* is what the memory and the core of this machine would "
         "need at best for the same working set, measured in the same run. Only ratios within one run mean anything.",
-        "Of the head in the paper and of the sweeps over width to precision, the lowest median and the lowest limit of "
-        "five rounds are shown: a machine that others use too changes its speed, and is never faster than alone.",
+        "Of each call the lowest median of five rounds is shown, and the lowest limit (of samples seen there is one "
+        "round): a machine that others use too changes its speed, and is never faster than alone.",
         "",
     ]  # fmt: skip
     for group in dict.fromkeys(row.group for row in rows):

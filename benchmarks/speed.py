@@ -242,17 +242,12 @@ def independent_heads(seconds: float, largest: int) -> list[Row]:
         for count in counts:
             if count > largest or count * stored * _COPIES > _MOST_BYTES:
                 break
-            calls = _fleet(head, count)
-            timings = in_turns(calls, seconds, burst=1, warm_up=1)
-            limit = _limit(head, count)
-            for name, threads in (("loop", 1), ("one call", 1), ("one call", 2)):
-                of = f"{structure}, {features}-{width}-1, {count}, {name}"
-                row = _row(INDEPENDENT, of, timings[f"{name}, {threads}"], head, count, limit / threads)
-                found.append(row._replace(threads=threads))
+            found += _fastest(_fleet(head, count, seconds))
     return found
 
 
-def _fleet(head: BayesianHead, count: int) -> dict[str, Callable[[], Any]]:
+def _fleet(head: BayesianHead, count: int, seconds: float) -> Callable[[], list[Row]]:
+    """What times ``count`` heads once."""
     loop, batch = [copy.deepcopy(head) for _ in range(count)], HeadBatch(copy.deepcopy(head) for _ in range(count))
     rng, turn = np.random.default_rng(0), iter(range(10**9))
     features, labels = rng.standard_normal((16, count, head.in_features)), rng.standard_normal((16, count, 1))
@@ -267,7 +262,18 @@ def _fleet(head: BayesianHead, count: int) -> dict[str, Callable[[], Any]]:
         batch.threads = threads
         batch.update(features[i], labels[i])
 
-    return {"loop, 1": one_by_one, "one call, 1": lambda: at_once(1), "one call, 2": lambda: at_once(2)}
+    ways = {("loop", 1): one_by_one, ("one call", 1): lambda: at_once(1), ("one call", 2): lambda: at_once(2)}
+
+    def time_all() -> list[Row]:
+        timings = in_turns({str(way): call for way, call in ways.items()}, seconds / _ROUNDS, burst=1, warm_up=1)
+        limit, rows = _limit(head, count), []
+        for name, threads in ways:
+            of = f"{head.state.spec.structure}, {head.in_features}-{head.config.width}-1, {count}, {name}"
+            row = _row(INDEPENDENT, of, timings[str((name, threads))], head, count, limit / threads)
+            rows.append(row._replace(threads=threads))
+        return rows
+
+    return time_all
 
 
 def samples_seen(seconds: float, total: int) -> list[Row]:
