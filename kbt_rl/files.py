@@ -10,13 +10,18 @@ import io
 import os
 import stat
 import sys
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 if sys.platform != "win32":
     import fcntl
+
+# Writes in progress, of a thread and a path: more than one if a signal handler writes the same again.
+_under_way: Counter[tuple[int, Path]] = Counter()
 
 
 @contextmanager
@@ -37,7 +42,22 @@ def replacing(path: str | Path) -> Iterator[io.BufferedRandom]:
     if not target.parent.is_dir():
         warnings.warn(f"the folder {target.parent} does not exist; creating it", stacklevel=3)
         target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.part")
+    # A signal handler that saves what is just being saved must not wait for the thread that it interrupts.
+    place = threading.get_ident(), target
+    depth = _under_way[place]
+    beside = target.with_name(f".{target.name}.part" if depth == 0 else f".{target.name}.{depth}.part")
+    _under_way[place] += 1
+    try:
+        with _replacing(target, beside) as file:
+            yield file
+    finally:
+        _under_way[place] -= 1
+        if not _under_way[place]:
+            del _under_way[place]
+
+
+@contextmanager
+def _replacing(target: Path, beside: Path) -> Iterator[io.BufferedRandom]:
     file = _open_locked(beside)
     try:
         with suppress(FileNotFoundError):

@@ -18,7 +18,7 @@ from learners import changed, kbt, warm_start, weights
 from matplotlib.figure import Figure
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from kbt_rl import KBT
+from kbt_rl import KBT, files
 from kbt_rl.experiments.plot_style import save
 from kbt_rl.files import replacing, write_text
 
@@ -187,6 +187,24 @@ def test_writers_of_the_same_path_wait_for_each_other(tmp_path: Path) -> None:
         thread.join()
     assert not mixed
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("nested", [1, 2])
+def test_who_interrupts_a_write_may_write_the_same_path(nested: int, tmp_path: Path) -> None:
+    """A signal handler that saves runs in the thread that is saving, and must not wait for it."""
+    path = tmp_path / "file"
+
+    def write(depth: int) -> None:
+        with replacing(path) as file:
+            file.write(b"%d" % depth)
+            if depth:
+                write(depth - 1)
+                assert path.read_bytes() == b"%d" % (depth - 1)
+
+    write(nested)
+    assert path.read_bytes() == b"%d" % nested
+    assert names(tmp_path) == ["file"]
+    assert not files._under_way
 
 
 # ---------------------------------------------------------------------- tables, figures and results

@@ -163,6 +163,10 @@ def negative_variance(path: Path) -> Path:
     return rewritten(path, tensors={"policy.head.cov_0": -load_file(path)["policy.head.cov_0"]})
 
 
+def negative_noise(path: Path) -> Path:
+    return rewritten(path, tensors={"policy.head.noise_cov": torch.full((1, 1), -1e-3, dtype=torch.float64)})
+
+
 def zero_scale(path: Path) -> Path:
     return rewritten(path, tensors={"policy.head.target_scale": torch.zeros(1, dtype=torch.float64)})
 
@@ -181,6 +185,7 @@ def broken_settings(path: Path) -> Path:
         (extra_tensor, "the file was altered"),
         (not_a_number, "policy.head.mean holds NaN or infinity"),
         (negative_variance, "negative variance"),
+        (negative_noise, "negative eigenvalue"),
         (zero_scale, "target_scale is not positive"),
         (broken_settings, "is not loaded, and nothing has changed"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -23,8 +25,10 @@ from learners import (
     weights,
 )
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from kbt_rl import KBT, DecisionTransformerConfig, KalmanAdapter, Sample
+from kbt_rl.agents import behaviour_cloning as cloning
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, rollout_demonstrations
 from kbt_rl.agents.kbt import KBTInfo
 from kbt_rl.envs.sb3_vec_env import InvertedPendulumSB3VecEnv
@@ -95,6 +99,34 @@ def test_pretraining_again_forgets_what_was_learned_online() -> None:
     model.policy.reset_head()
     assert not changed(head, weights(model))
     assert model.labels_used == 0
+
+
+def test_an_interrupted_pretraining_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was learned online is about the features of the transformer that was there."""
+    model = kbt()
+    model.update(Sample(states(4), expert().label(states(4))))
+    before = weights(model)
+    trained = cloning.clone_behaviour
+
+    def interrupted(*arguments: Any) -> Any:
+        trained(*arguments)
+        assert changed(before, weights(model))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cloning, "clone_behaviour", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.pretrain(expert(NOMINAL), PretrainConfig(samples=20, steps=1), progress_bar=False)
+    assert not changed(before, weights(model))
+    assert model.labels_used == 4
+    assert not model.policy.training
+
+
+def test_normalised_observations_are_refused() -> None:
+    """An expert knows states in their own units."""
+    model, envs = kbt(), DummyVecEnv([lambda: gym.make(SHIFTED)])
+    with pytest.raises(ValueError, match="norm_obs=False"):
+        model.set_env(VecNormalize(envs))
+    model.set_env(VecNormalize(envs, norm_obs=False))
 
 
 def test_an_environment_without_units_has_no_error_in_newtons() -> None:

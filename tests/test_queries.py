@@ -200,6 +200,8 @@ def test_rules_that_need_a_posterior_say_so_before_anything_runs() -> None:
         (lambda: UncertainStream(pool=0), "pool is 0"),
         (lambda: KalmanAdapter(expert(), budget=-1), "budget is -1"),
         (lambda: KalmanAdapter(expert(), delay=-1), "delay is -1"),
+        (lambda: KalmanAdapter(expert(), budget=float("nan")), "budget is nan"),
+        (lambda: KalmanAdapter(expert(), delay=float("nan")), "delay is nan"),
     ],
 )
 def test_bad_settings_are_refused(build: Any, message: str) -> None:

@@ -105,7 +105,7 @@ def load_safetensors(path: str | Path, into: OnlineAlgorithm | TransformerPolicy
             _check_same(_forces(into), forces, "the force of an action: ", known_only=True)
             _check_bounds(_space_tensors(_policy(into)), tensors)
         policy = _built(settings, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{source} is not loaded, and nothing has changed: {error}") from error
     if into is None:
         return policy
@@ -254,6 +254,9 @@ def _built(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transf
         smallest = min(float(head.state.variances().min()) for head in policy.heads)
         if not smallest >= 0.0:
             raise ValueError(f"the posterior has the negative variance {smallest:.3g}")
+        smallest = min(float(torch.linalg.eigvalsh(head.noise_cov)[0]) for head in policy.heads)
+        if not smallest >= -1e-12 * max(float(head.noise_cov.max()) for head in policy.heads):  # by rounding
+            raise ValueError(f"the covariance of the label noise has the negative eigenvalue {smallest:.3g}")
     return policy
 
 

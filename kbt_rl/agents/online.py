@@ -7,6 +7,7 @@ callback's update and the next action share the features.
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from abc import abstractmethod
@@ -18,7 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import check_for_correct_spaces, safe_mean
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
 from kbt_rl.agents import behaviour_cloning as cloning
@@ -214,9 +215,15 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
                 )
                 self._last_obs = self._context = None  # the expert has moved the environment on
             steps = bar.add_task("behaviour cloning", total=config.steps)
-            info = cloning.clone_behaviour(
-                self.policy.transformer, data, form, config, rng, self.max_force, lambda n: bar.advance(steps, n)
-            )
+            before = copy.deepcopy(self.policy.transformer.state_dict())
+            try:
+                info = cloning.clone_behaviour(
+                    self.policy.transformer, data, form, config, rng, self.max_force, lambda n: bar.advance(steps, n)
+                )
+            except BaseException:  # Ctrl-C too: what was learned belongs to the features of before
+                self.policy.transformer.load_state_dict(before)
+                self.policy.set_training_mode(False)
+                raise
         self.policy.set_training_mode(False)
         self.pretrain_info, self.labels_used = info, 0
         self.strategy_state.clear()
@@ -367,6 +374,13 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
 
     def _check_env(self, env: VecEnv) -> None:
         """Raise ValueError if this model cannot act in ``env``, whose spaces fit."""
+        normalised = unwrap_vec_normalize(env)
+        if normalised is not None and normalised.norm_obs:
+            raise ValueError(
+                "the environment normalises its observations (VecNormalize), and experts know states in their own "
+                "units; the policy scales observations itself (observation_scale), so pass VecNormalize(..., "
+                "norm_obs=False) or no VecNormalize"
+            )
         self._check_action_scale(env)
 
     def _check_action_scale(self, env: VecEnv) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback
 from kbt_rl.files import replacing
+from kbt_rl.inference.loading import check_fits
 from kbt_rl.inference.posterior import Posterior
 from kbt_rl.models.context import ContextWindow, advance_window, start_window
 from kbt_rl.models.context import with_action as with_remembered
@@ -203,6 +204,7 @@ class TransformerPolicy(BasePolicy):
         Raises:
             RuntimeError: They are of another architecture or dtype; nothing has changed.
         """
+        check_fits(self, state_dict, strict)
         posterior = {
             f"{path}.{name}"
             for path, module in self.named_modules()
@@ -211,22 +213,11 @@ class TransformerPolicy(BasePolicy):
         }
         for name, own in self.state_dict().items():
             loaded = state_dict.get(name, own)
-            if loaded.shape != own.shape:
-                raise RuntimeError(
-                    f"{name} has shape {tuple(loaded.shape)} in the checkpoint and {tuple(own.shape)} in this policy, "
-                    "which has another architecture; see policy_kwargs"
-                )
             if loaded.dtype != own.dtype and name in posterior:
                 raise RuntimeError(
                     f"{name} is {loaded.dtype} in the checkpoint and {own.dtype} in this policy (HeadConfig.dtype); a "
                     "posterior that was cast is of no use"
                 )
-        names = self.state_dict().keys()
-        if strict and names != state_dict.keys():
-            raise RuntimeError(
-                f"the checkpoint is of another architecture: it lacks {sorted(names - state_dict.keys())} and has "
-                f"{sorted(state_dict.keys() - names)} besides"
-            )
         return super().load_state_dict(state_dict, strict, assign)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:

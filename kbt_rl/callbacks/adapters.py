@@ -62,9 +62,9 @@ class OnlineAdapter(BaseCallback):
     ) -> None:
         super().__init__(verbose)
         self.stream, self.query = as_stream(stream), Always() if query is None else query
-        if budget is not None and budget < 0:
+        if budget is not None and not budget >= 0:
             raise ValueError(f"budget is {budget}; a number of labels is not negative (None for no limit)")
-        if delay < 0:
+        if not delay >= 0:
             raise ValueError(f"delay is {delay}; a label arrives 0, 1, ... steps after it was asked for")
         self.budget, self.delay = budget, delay
         self.asked = self.saved = 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from kbt_rl.inference.acting import ActingView
 from kbt_rl.inference.density import scalar_log_density
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.memory import Memory
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.record import UpdateInfo
 
@@ -50,9 +51,9 @@ class EKFHead(BayesianHead):
         density = scalar_log_density(nis, predictive)
         return UpdateInfo(abs(innovation), nis, epistemic, predictive, smallest, 1, log_density=density)
 
-    def _moments(self, features: Tensor, outputs: Array) -> Gaussian:
+    def _moments(self, memory: Memory, features: Tensor, outputs: Array) -> Gaussian:
         """Of the linearised network, under the filter's own covariance."""
-        cov = self.state.dense_cov().numpy() if self._full is None else self._full
+        cov = memory.state.dense_cov().numpy() if self._full is None else self._full
         found = [self._linearised(row) for row in self.standardise(features).numpy()]
         mean = np.array([[mean] for _, mean in found]) * outputs
         variance = np.array([[[jacobian @ cov @ jacobian]] for jacobian, _ in found]) * outputs**2

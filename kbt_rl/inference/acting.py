@@ -38,6 +38,11 @@ class ActingView(NamedTuple):
     coupling: Tensor | None = None
     feature_part: Tensor | None = None
 
+    def clone(self) -> ActingView:
+        """A copy that shares no memory with it."""
+        form, coupling, part = (None if each is None else each.clone() for each in self[1:])
+        return ActingView(tuple(weight.clone() for weight in self.weights), form, coupling, part)
+
 
 def acting_view(state: HeadState) -> ActingView:
     """A view of the posterior as it is now; shares no memory with it.

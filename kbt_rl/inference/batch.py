@@ -7,7 +7,7 @@ machine code can go through all of them; where there is none for them, each is a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from kbt_rl.inference import compiled
 from kbt_rl.inference.batch_record import BatchInfo
 from kbt_rl.inference.head import BayesianHead, Prediction, of_targets
 from kbt_rl.inference.interrupts import interrupts_deferred
+from kbt_rl.inference.loading import check_fits
 from kbt_rl.inference.memory import as_array
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.output import measure, replace
@@ -58,9 +59,8 @@ class HeadBatch(nn.ModuleList):
         super().__init__(heads)
         if len(self) == 0:
             raise ValueError("a batch needs at least one head")
-        kinds = {(head.in_features, head.out_features, head.config) for head in self}
-        if len(kinds) > 1:
-            raise ValueError(f"the heads of a batch must be of one kind; got {len(kinds)} sizes or configurations")
+        self._known = tuple(self)
+        _check_kinds(self._known)
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads is {threads!r}; a whole number, at least 1")
         self.threads = threads
@@ -182,6 +182,9 @@ class HeadBatch(nn.ModuleList):
         """
         code, heads = compiled.kernels(), tuple(self)
         with self._lock:
+            if heads != self._known:
+                _check_kinds(heads)
+                self._known = heads
             if self._stack is not None and not self._stack.holds(heads):
                 self._stack = None
             if code is None or self._stack is not None or not HeadStack.serves(heads):
@@ -192,6 +195,13 @@ class HeadBatch(nn.ModuleList):
                 self._stack = HeadStack(heads, code, self._lock)
             yield self._stack
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over the saved buffers of as many heads, all or none; see ``Posterior.load_state_dict``."""
+        for name, head in self.named_children():
+            head.check_dtypes(state_dict, f"{name}.")  # type: ignore[operator]
+        check_fits(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_stack": None}
         del state["_lock"]
@@ -200,3 +210,12 @@ class HeadBatch(nn.ModuleList):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.RLock()
+
+
+def _check_kinds(heads: tuple[BayesianHead, ...]) -> None:
+    """Raise ValueError unless these are different heads of one kind."""
+    kinds = {(type(head), head.in_features, head.out_features, head.config) for head in heads}
+    if len(kinds) > 1:
+        raise ValueError(f"the heads of a batch must be of one kind; got {len(kinds)} sizes or configurations")
+    if len(set(map(id, heads))) < len(heads):
+        raise ValueError("a head is in the batch twice; each row of a batch has a head of its own (copy.deepcopy)")

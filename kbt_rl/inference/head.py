@@ -20,6 +20,7 @@ from kbt_rl.inference.acting import ActingView, acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.history import Record, Undo
+from kbt_rl.inference.memory import Memory
 from kbt_rl.inference.moments import Gaussian, softmax_moments
 from kbt_rl.inference.noise import NoiseEstimate
 from kbt_rl.inference.output import Link, are_distributions
@@ -121,50 +122,54 @@ class BayesianHead(Posterior):
         """Mean of the last layer's output, ``(N, o)``, by the shortest way."""
         if len(self.spec.shapes) > 2:
             return self.predict_logits(features).mean
-        _, view, actor = self._publish()
+        memory = self._memory()
+        _, view, actor = self._publish(memory)
         if actor is None or not 0 < len(features) <= _FEW_ROWS or features.shape[1:] != (self.in_features,):
             return view_mean(view, self.standardise(features))
-        memory = self._memory()
         return torch.from_numpy(actor(memory.centre, memory.scale, memory.rows(features)))
 
     def predict(self, features: Tensor) -> Prediction:
         """Distribution of the target for each row of ``features``, ``(N, d)``."""
         if self.rule.link == "softmax":
             return of_targets(self.predict_logits(features), "softmax", self.noise_cov, self.target_scale)
-        memory = self._memory()
         with self._lock:
-            mean, epistemic = self._moments(features, memory.outputs)
+            memory = self._memory()
+            mean, epistemic = self._moments(memory, features, memory.outputs)
             aleatoric = memory.noise_of_target()
         return Prediction(mean, epistemic, aleatoric.expand_as(epistemic))
 
     def predict_logits(self, features: Tensor) -> Gaussian:
         """Distribution of the last layer's output for each row, before the link and in units of ``target_scale``."""
-        return self._moments(features, self._memory().ones)
+        with self._lock:
+            memory = self._memory()
+            return self._moments(memory, features, memory.ones)
 
-    def _moments(self, features: Tensor, outputs: Any) -> Gaussian:
-        """Distribution of the last layer's output, times ``outputs`` ``(o,)``, by the shortest way."""
-        with self._lock, torch.no_grad():
-            found = self._memory().predict(features, outputs)
+    def _moments(self, memory: Memory, features: Tensor, outputs: Any) -> Gaussian:
+        """Distribution of the last layer's output, times ``outputs`` ``(o,)``, by the shortest way; under the lock."""
+        with torch.no_grad():
+            found = memory.predict(features, outputs)
             if found is not None:
                 return found
-            logits, scale = functional.predict_logits(self.state, self.standardise(features)), torch.as_tensor(outputs)
+            logits = functional.predict_logits(memory.state, self.standardise(features))
+            scale = torch.as_tensor(outputs)
             return Gaussian(logits.mean * scale, logits.cov * (scale.unsqueeze(-1) * scale))
 
     @torch.no_grad()
     def view(self) -> ActingView:
         """What acting needs, as a copy; ``standardise`` its features and multiply its mean by ``target_scale``.
 
-        The copy is made once after each change of the posterior, while none is under way, and swapped in by one
-        assignment, so that whoever acts in another thread never sees half an update and mostly does not wait.
+        It is of the view that the head itself acts by, which is made once after each change of the posterior, while
+        none is under way, and swapped in by one assignment, so that whoever acts in another thread never sees half an
+        update and mostly does not wait.
         """
-        return self._publish()[1]
+        return self._publish(self._memory())[1].clone()
 
     def _acting_view(self) -> ActingView:
         """A view of the posterior as it is; a head that acts in another way than by its moments overrides this."""
         return acting_view(self.state)
 
-    def _publish(self) -> Published:
-        state = self._memory().state
+    def _publish(self, memory: Memory) -> Published:
+        state = memory.state
         published = self._published
         if published is None or published[0] != (state, state.mean._version):
             with self._lock:
@@ -192,8 +197,14 @@ class BayesianHead(Posterior):
         )  # fmt: skip
 
     def apply_increment(self, step: Increment) -> None:
-        """Add an increment to the posterior, in place, and take over what it makes of the noise."""
+        """Add an increment to the posterior, in place, and take over what it makes of the noise.
+
+        Raises:
+            ValueError: It is of a head with other weights.
+            UpdateError: A variance would be negative, as it was computed for another state of the posterior.
+        """
         memory, rows = self._memory(), step.info.labels // self.out_features
+        functional.check_fits(memory.state, step)
         before = self._before()
         with self._changing():
             functional.apply(memory.state, step)

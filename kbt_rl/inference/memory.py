@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class Memory:
     ) -> None:
         held = {name: buffer for name, buffer in buffers.items() if buffer is not None}
         self.buffers = tuple(held.values())
+        self._addresses = tuple(map(Tensor.data_ptr, self.buffers))
         self.state = HeadState(spec, held["mean"], tuple(held[name] for name in cov_names))
         self.device = held["mean"].device
         self.on_cpu = self.device.type == "cpu"
@@ -81,6 +83,11 @@ class Memory:
         self._noise: tuple[Any, ...] = tuple(
             held[name].numpy() if self.on_cpu else held[name] for name in ("noise_cov", "noise_labels") if name in held
         )
+
+    def holds(self, buffers: tuple[Tensor | None, ...]) -> bool:
+        """Whether these are the buffers, where they were: to send one to another process, PyTorch moves it in place."""
+        same = len(buffers) == len(self.buffers) and all(map(is_, self.buffers, buffers))
+        return same and tuple(map(Tensor.data_ptr, self.buffers)) == self._addresses
 
     def learn(self, features: Tensor | Array, target: Tensor | Array) -> UpdateInfo | None:
         """The commonest update, one row with the label of one output; None, and nothing done, for every other.

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import is_
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from kbt_rl.inference import revision
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.history import History
 from kbt_rl.inference.interrupts import interrupts_deferred
+from kbt_rl.inference.loading import check_fits
 from kbt_rl.inference.memory import Memory, prepare, prepare_rows
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES
@@ -101,6 +101,8 @@ class Posterior(nn.Module):
         bias = bias + weight @ centre
         means = prior_means(weight * scale / outputs.unsqueeze(-1), bias / outputs, self.spec.shapes)
         mean, priors = torch.cat([mean.flatten() for mean in means]), self._prior_cov()
+        if not bool(torch.isfinite(mean).all()):
+            raise ValueError("weight and bias are not finite in units of feature_scale and target_scale")
         start = self.noise_start_cov if self.learns_noise else self.noise_cov
         if not torch.equal(start, self._configured_noise()):  # it was set, for targets in their own units
             start = start * self._target_square() / (outputs.unsqueeze(-1) * outputs)
@@ -130,7 +132,10 @@ class Posterior(nn.Module):
         Raises:
             ValueError: Not symmetric, not finite, a negative variance, or a variance of 0 where it must be positive.
         """
-        noise_cov = torch.as_tensor(noise, dtype=torch.float64, device=self.mean.device)
+        noise_cov = torch.as_tensor(noise).detach()
+        if noise_cov.is_complex():
+            raise ValueError("the noise covariance is complex; expected real numbers")
+        noise_cov = noise_cov.to(self.mean.device, torch.float64)
         if noise_cov.ndim == 0:
             noise_cov = noise_cov * torch.eye(self.out_features, dtype=torch.float64, device=self.mean.device)
         if noise_cov.shape != self.noise_cov.shape:
@@ -138,8 +143,12 @@ class Posterior(nn.Module):
                 f"the noise covariance has shape {tuple(noise_cov.shape)}; expected a number or "
                 f"{tuple(self.noise_cov.shape)}"
             )
-        if not bool(torch.isfinite(noise_cov).all()):
-            raise ValueError(f"the noise covariance is not finite: {noise_cov.tolist()}")
+        scaled = noise_cov / self._target_square()
+        if not bool(torch.isfinite(scaled).all()):
+            raise ValueError(
+                f"the noise covariance is not finite, in units of target_scale: {noise_cov.tolist()} over "
+                f"{self._target_square().tolist()}"
+            )
         if not torch.equal(noise_cov, noise_cov.mT):
             raise ValueError("the noise covariance is not symmetric; pass (C + C.T) / 2 if rounding is to blame")
         smallest = float(torch.linalg.eigvalsh(noise_cov)[0])
@@ -151,7 +160,6 @@ class Posterior(nn.Module):
                 f"the noise covariance has the eigenvalue {smallest:.3g}; a noise that is learned, or that labels are "
                 "weighed by, must be positive in every direction"
             )
-        scaled = noise_cov / self._target_square()
         with self._changing():
             self.noise_cov.copy_(scaled)
             if self.learns_noise:
@@ -254,9 +262,9 @@ class Posterior(nn.Module):
         return tuple(block.to(self._dtype) for block in cov)
 
     def _memory(self) -> Memory:
-        """The buffers as the head computes with them; made anew when one of them was replaced."""
-        memory, buffers = self._bound, tuple(self._buffers.values())
-        if memory is None or not all(map(is_, memory.buffers, buffers)):
+        """The buffers as the head computes with them; made anew when one of them was replaced or moved."""
+        memory = self._bound
+        if memory is None or not memory.holds(tuple(self._buffers.values())):
             recorded = self._history is not None
             memory = self._bound = Memory(
                 self.spec, self._cov_names, self._buffers, self.rule, self.noise_model, recorded
@@ -287,7 +295,19 @@ class Posterior(nn.Module):
                 self._buffers[name] = _moved(buffer, fn(buffer).device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over saved buffers, all or none.
+
+        Raises:
+            RuntimeError: They are of another architecture.
+            ValueError: They are of another dtype.
+        """
+        self.check_dtypes(state_dict)
+        check_fits(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def check_dtypes(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Raise ValueError if saved buffers are of another dtype than the head's."""
         for name, buffer in self._buffers.items():
             loaded = state_dict.get(prefix + name)
             if loaded is not None and buffer is not None and loaded.dtype != buffer.dtype:
@@ -296,6 +316,9 @@ class Posterior(nn.Module):
                     "was cast has lost digits it needs, save it again without casting, or load it into a head of its "
                     "own dtype (HeadConfig.dtype)"
                 )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_dtypes(state_dict, prefix)
         with self._changing():
             super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -322,6 +345,8 @@ def _positive(name: str, given: Tensor | None, like: Tensor) -> Tensor:
 
 def _finite(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """A finite tensor of this shape in the dtype of ``like`` and on its device."""
+    if given.is_complex():
+        raise ValueError(f"{name} is complex; expected real numbers")
     value = given.detach().to(like)
     if value.shape != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")

@@ -107,7 +107,7 @@ class HeadStack:
         A head that gets another buffer says so, see ``StackedBuffers``; then all are gone through, as that may be one
         that it has had before.
         """
-        if heads != self._heads:  # modules are equal if they are the same
+        if heads != self._heads or self._moved():  # modules are equal if they are the same
             return False
         replaced = self.replaced
         if replaced is not self._gone_through:
@@ -117,6 +117,18 @@ class HeadStack:
                     return False
             self._gone_through = replaced  # not what another thread may have replaced meanwhile
         return True
+
+    def _moved(self) -> bool:
+        """Whether a head's mean is elsewhere: to send it to another process, PyTorch moves a tensor in place.
+
+        Only what somebody has got can be moved, and those who send a head send all of it.
+        """
+        if not self.handed_out:
+            return False
+        known, means = dict(self.handed_out), self._arrays["mean"]
+        found = np.fromiter(map(Tensor.data_ptr, known.values()), np.int64, len(known))
+        expected = means.ctypes.data + means.strides[0] * np.fromiter(known, np.int64, len(known))
+        return not np.array_equal(found, expected)
 
     def means(self, features: Array, threads: int) -> Array:
         """Mean logits ``(H, o)`` for one row a head."""

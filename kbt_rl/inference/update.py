@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kbt_rl.inference import joint, resolution, smoother
 from kbt_rl.inference.conditioning import NoiseBelief, condition
-from kbt_rl.inference.errors import NegativeVarianceError, NotPositiveDefiniteError
+from kbt_rl.inference.errors import NegativeVarianceError, NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.interrupts import interrupts_deferred
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.output import OutputRule
@@ -112,6 +112,23 @@ def _increment(
     info = info._replace(smallest_variance=float(variances.min()))
     check(float(mean_step.sum()), info)
     return Increment(mean_step, factor, step.signs, info, noise)
+
+
+def check_fits(state: HeadState, step: Increment) -> None:
+    """Raise ValueError for an increment of another head, and UpdateError if a variance would be negative after it."""
+    weights, rank = len(state.mean), len(step.signs)
+    if step.mean_step.shape != (weights,) or step.cov_factor.shape != (weights, rank):
+        raise ValueError(
+            f"the increment has steps of shape {tuple(step.mean_step.shape)} and {tuple(step.cov_factor.shape)}; "
+            f"expected {(weights,)} and {(weights, rank)}: it is of another head"
+        )
+    factor = step.cov_factor.double()
+    smallest = float((state.variances().double() + (factor * factor) @ step.signs.double()).min())
+    if not smallest >= 0.0:
+        raise UpdateError(
+            f"the increment would leave a weight with the variance {smallest:.3g}: it was computed for another state "
+            "of the posterior, which is unchanged; compute it anew"
+        )
 
 
 def apply(state: HeadState, step: Increment) -> None:
