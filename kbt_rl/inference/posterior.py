@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
@@ -132,7 +133,7 @@ class Posterior(nn.Module):
         Raises:
             ValueError: Not symmetric, not finite, a negative variance, or a variance of 0 where it must be positive.
         """
-        noise_cov = torch.as_tensor(noise).detach()
+        noise_cov = noise.detach() if isinstance(noise, Tensor) else torch.from_numpy(np.array(noise))
         if noise_cov.is_complex():
             raise ValueError("the noise covariance is complex; expected real numbers")
         noise_cov = noise_cov.to(self.mean.device, torch.float64)
