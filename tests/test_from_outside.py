@@ -104,7 +104,7 @@ def test_a_refused_load_changes_nothing(wrong: str, batched: bool) -> None:
         added = {"shape": torch.zeros(3, 3, dtype=torch.float64), "dtype": saved[name].float()}
         saved["x" if wrong == "unexpected" else name] = added.get(wrong, torch.zeros(1))
     before = copy.deepcopy(own)
-    with pytest.raises((RuntimeError, ValueError)):
+    with pytest.raises(RuntimeError, match=r"unchanged|lost digits"):
         own.load_state_dict(saved)
     assert all(map(torch.equal, own.buffers(), before.buffers()))
 

@@ -22,7 +22,6 @@ from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback
 from kbt_rl.files import replacing
 from kbt_rl.inference.loading import check_fits
-from kbt_rl.inference.posterior import Posterior
 from kbt_rl.models.context import ContextWindow, advance_window, start_window
 from kbt_rl.models.context import with_action as with_remembered
 from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
@@ -202,22 +201,9 @@ class TransformerPolicy(BasePolicy):
         """Take over saved weights and buffers, all or none.
 
         Raises:
-            RuntimeError: They are of another architecture or dtype; nothing has changed.
+            RuntimeError: They are of another architecture, or a posterior is of another dtype; nothing has changed.
         """
         check_fits(self, state_dict, strict)
-        posterior = {
-            f"{path}.{name}"
-            for path, module in self.named_modules()
-            if isinstance(module, Posterior)
-            for name in module.state_dict()
-        }
-        for name, own in self.state_dict().items():
-            loaded = state_dict.get(name, own)
-            if loaded.dtype != own.dtype and name in posterior:
-                raise RuntimeError(
-                    f"{name} is {loaded.dtype} in the checkpoint and {own.dtype} in this policy (HeadConfig.dtype); a "
-                    "posterior that was cast is of no use"
-                )
         return super().load_state_dict(state_dict, strict, assign)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:

@@ -182,11 +182,11 @@ class HeadBatch(nn.ModuleList):
         """
         code, heads = compiled.kernels(), tuple(self)
         with self._lock:
-            if heads != self._known:
-                _check_kinds(heads)
-                self._known = heads
             if self._stack is not None and not self._stack.holds(heads):
                 self._stack = None
+            if self._stack is None and heads != self._known:
+                _check_kinds(heads)
+                self._known = heads
             if code is None or self._stack is not None or not HeadStack.serves(heads):
                 yield None if code is None else self._stack
                 return
@@ -197,8 +197,6 @@ class HeadBatch(nn.ModuleList):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over the saved buffers of as many heads, all or none; see ``Posterior.load_state_dict``."""
-        for name, head in self.named_children():
-            head.check_dtypes(state_dict, f"{name}.")  # type: ignore[operator]
         check_fits(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 

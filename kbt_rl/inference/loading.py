@@ -9,18 +9,38 @@ from torch import nn
 
 
 def check_fits(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-    """Raise RuntimeError if a shape or, where ``strict``, a name is another one; PyTorch asks while it copies."""
+    """Raise an error where PyTorch would raise one while it copies, or cast what must keep its digits.
+
+    Raises:
+        RuntimeError: A shape, the dtype of a posterior or, where ``strict``, a name is another one.
+    """
+    for path, part in module.named_modules():
+        if getattr(part, "keeps_dtype", False):
+            check_dtypes(part, state_dict, f"{path}." if path else "")
     own = module.state_dict()
     for name, value in own.items():
         loaded = state_dict.get(name, value)
         if loaded.shape != value.shape:
             raise RuntimeError(
                 f"{name} has shape {tuple(loaded.shape)} in what is loaded and {tuple(value.shape)} in this "
-                f"{type(module).__name__}, which has another architecture and is unchanged"
+                f"{type(module).__name__}, which has another architecture (policy_kwargs, HeadConfig) and is unchanged"
             )
     names = own.keys()
     if strict and names != state_dict.keys():
         raise RuntimeError(
-            f"what is loaded is of another architecture than this {type(module).__name__}, which is unchanged: it "
-            f"lacks {sorted(names - state_dict.keys())} and has {sorted(state_dict.keys() - names)} besides"
+            f"what is loaded is of another architecture (policy_kwargs, HeadConfig) than this {type(module).__name__}, "
+            f"which is unchanged: it lacks {sorted(names - state_dict.keys())} and has "
+            f"{sorted(state_dict.keys() - names)} besides"
         )
+
+
+def check_dtypes(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise RuntimeError if a buffer of the module's own, saved under ``prefix``, has another dtype."""
+    for name, buffer in module.named_buffers(recurse=False):
+        loaded = state_dict.get(prefix + name)
+        if loaded is not None and loaded.dtype != buffer.dtype:
+            raise RuntimeError(
+                f"{prefix + name} is {loaded.dtype} in the file and {buffer.dtype} in the head; a posterior that "
+                "was cast has lost digits it needs, save it again without casting, or load it into a head of its "
+                "own dtype (HeadConfig.dtype)"
+            )

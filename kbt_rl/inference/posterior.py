@@ -22,7 +22,7 @@ from kbt_rl.inference import revision
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.history import History
 from kbt_rl.inference.interrupts import interrupts_deferred
-from kbt_rl.inference.loading import check_fits
+from kbt_rl.inference.loading import check_dtypes, check_fits
 from kbt_rl.inference.memory import Memory, prepare, prepare_rows
 from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import RULES
@@ -38,6 +38,8 @@ class Posterior(nn.Module):
         out_features: Number of outputs ``o``.
         config: Depth, storage, output rule and prior.
     """
+
+    keeps_dtype = True
 
     mean: Tensor
     noise_cov: Tensor
@@ -300,26 +302,13 @@ class Posterior(nn.Module):
         """Take over saved buffers, all or none.
 
         Raises:
-            RuntimeError: They are of another architecture.
-            ValueError: They are of another dtype.
+            RuntimeError: They are of another architecture or dtype.
         """
-        self.check_dtypes(state_dict)
         check_fits(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
-    def check_dtypes(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
-        """Raise ValueError if saved buffers are of another dtype than the head's."""
-        for name, buffer in self._buffers.items():
-            loaded = state_dict.get(prefix + name)
-            if loaded is not None and buffer is not None and loaded.dtype != buffer.dtype:
-                raise ValueError(
-                    f"{prefix + name} is {loaded.dtype} in the file and {buffer.dtype} in the head; a posterior that "
-                    "was cast has lost digits it needs, save it again without casting, or load it into a head of its "
-                    "own dtype (HeadConfig.dtype)"
-                )
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.check_dtypes(state_dict, prefix)
+        check_dtypes(self, state_dict, prefix)
         with self._changing():
             super()._load_from_state_dict(state_dict, prefix, *args)
 
