@@ -263,7 +263,7 @@ def test_the_posterior_is_that_of_students_t(dof: float, variance: float, error:
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 5])
-@pytest.mark.parametrize("square", [0.0, 1.0, 40.0, 1e10])
+@pytest.mark.parametrize("square", [0.0, 1.0, 40.0, 1e10, 1e24, 1e50])
 def test_without_epistemic_variance_the_step_is_the_closed_form_of_students_t(outputs: int, square: float) -> None:
     """``tau`` is Gamma((dof + o) / 2, (dof + e' R^-1 e) / 2), so that ``dm = E[tau] R^-1 e``."""
     dof, noise = 3.0, random_cov(outputs, seed=9).numpy()

@@ -33,7 +33,7 @@ class KBTInfo(LearnerInfo):
         epistemic_variance: From the weights.
         predictive_variance: From the weights and the label noise.
         smallest_variance: Smallest variance of a weight after the update, in the head's own units.
-        repairs: Times the covariance was repaired before it could take the labels, see ``HeadConfig.dtype``.
+        repairs: Times a covariance was repaired, see ``inference.UpdateInfo``.
         label_weight: What the labels counted for where wild ones are expected (``HeadConfig.robust_dof``).
         log_density: Logarithm of the predictive density of the labels before the update, all entries of all rows
             jointly, in nats, with labels in action units. With discrete actions the log probability of the labels. Its

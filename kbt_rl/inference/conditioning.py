@@ -18,7 +18,7 @@ from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import Judgement, NoiseEstimate, NoiseModel
 from kbt_rl.inference.output import Conditioning, OutputRule
-from kbt_rl.inference.record import UpdateInfo
+from kbt_rl.inference.record import UpdateInfo, check_distance
 
 _HUGE = (
     "the update is not finite where the noise is judged; the posterior is unchanged. Check features and target for "
@@ -52,14 +52,19 @@ def condition(
     """Condition the outputs of rows on their targets; the arguments are those of ``update.increment``."""
     if belief is None:
         step = rule.condition(output, target, noise_cov)
+        if rule.link == "identity":
+            check_distance(float(step.nis), target.numel())
         return Conditioned(step, _describe(output, step, noise_cov, 1.0, weights), None)
     error = (target - output.mean.view_as(target)).cpu().numpy()
     with huge_values_refused():
         judged = belief.model.judge(error, output.cov.cpu().numpy(), belief.estimate)
+    if belief.model.robust_dof is None:
+        check_distance(judged.nis, target.numel())
     if not np.isfinite(judged.estimate.cov).all():
         raise UpdateError(_HUGE)
     step = _as_conditioning(output, target, judged)
-    return Conditioned(step, _describe(output, step, noise_cov, judged.weight, weights), judged.estimate)
+    info = _describe(output, step, noise_cov, judged.weight, weights)._replace(repairs=judged.repairs)
+    return Conditioned(step, info, judged.estimate)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class HeadConfig:
         robust_dof: Degrees of freedom of Student's t noise, 2 to 10 say, so that wild labels count for little; None for
             Gaussian noise. The noise covariance is then that of ordinary labels (rule ``measure`` only).
         history: Updates to keep for ``BayesianHead.rollback``, 0 for none. One of a single row takes as much memory as
-            the weight means times one more than the outputs. An update then takes up to twice the time.
+            the weight means times two more than the outputs. An update then takes up to twice the time.
         dtype: ``float64``, or ``float32``: means and covariance are stored in half the memory, the arithmetic of a
             single row stays in float64. Pays where the covariance exceeds the cache; a small head is slower with it.
             For one or two layers with exact features; see ``inference.resolution`` for what it cannot resolve.

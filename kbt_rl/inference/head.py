@@ -19,10 +19,9 @@ from kbt_rl.inference import update as functional
 from kbt_rl.inference.acting import ActingView, acting_view, view_mean
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
-from kbt_rl.inference.history import Record, Undo
+from kbt_rl.inference.history import Before, Record, Undo
 from kbt_rl.inference.memory import Memory
 from kbt_rl.inference.moments import Gaussian, softmax_moments
-from kbt_rl.inference.noise import NoiseEstimate
 from kbt_rl.inference.output import Link, are_distributions
 from kbt_rl.inference.posterior import Posterior
 from kbt_rl.inference.record import LARGEST, Increment, UpdateInfo, merge
@@ -269,8 +268,8 @@ class BayesianHead(Posterior):
     def rollback(self, n: int = 1) -> int:
         """Take back the last ``n`` updates: all of them, or, with an error, none.
 
-        An update is a call of ``update`` or ``apply_increment``, whatever its rows. The posterior, a learned noise and
-        ``labels_seen`` become what they were before, the first to rounding. What a head remembers is its own:
+        An update is a call of ``update`` or ``apply_increment``, whatever its rows. The means, a learned noise and
+        ``labels_seen`` become what they were before, the covariance to rounding. What a head remembers is its own:
         ``HeadConfig(history=...)`` says how much, and it starts from nothing in a copy, after ``load_state_dict``, and
         after anything else that changes the posterior or the noise, such as ``reopen`` and ``set_noise``.
 
@@ -314,18 +313,18 @@ class BayesianHead(Posterior):
             increment_version(memory.state.mean)
             self._history.drop(memory, undo.updates)
 
-    def _before(self) -> NoiseEstimate | None:
-        """What the history has to know in front of an update; nothing without a history."""
+    def _before(self) -> Before | None:
+        """What the history keeps of the posterior in front of an update; nothing without a history."""
         if self._history is None:
             return None
         memory = self._memory()
         self._history.current(memory)
         belief = memory.belief()
-        return None if belief is None else belief.estimate
+        return Before(memory.state.mean.clone(), None if belief is None else belief.estimate)
 
-    def _remember(self, steps: list[Increment], before: NoiseEstimate | None, rows: int) -> None:
+    def _remember(self, steps: list[Increment], before: Before | None, rows: int) -> None:
         """Keep an update for ``rollback``."""
-        if self._history is not None:
+        if self._history is not None and before is not None:
             self._history.add(self._memory(), Record(steps, before, rows))
 
     def _checked(self, features: Tensor | Array, target: Tensor | Array) -> tuple[Any, Any]:

@@ -1,8 +1,9 @@
 """The last updates of a head, kept as increments so that they can be taken back.
 
-An update adds ``mean_step`` to the means and ``V diag(signs) V'`` to the covariance; to undo it is to subtract both.
-That restores what the posterior was to rounding, at a fraction of the memory of a copy: ``P (q + 1)`` numbers for ``P``
-weights and an increment of rank ``q``, which for one row is the number of outputs.
+An update adds ``V diag(signs) V'`` to the covariance; to undo it is to subtract that, which restores what it was to
+rounding at a fraction of the memory of a copy. The means are kept as they were: a label that is far off moves them so
+much that in float32 a subtraction would not bring them back. In all that is ``P (q + 2)`` numbers for ``P`` weights and
+an increment of rank ``q``, which for one row is the number of outputs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from torch import Tensor
+
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.memory import Memory
 from kbt_rl.inference.noise import NoiseEstimate
@@ -22,17 +25,24 @@ from kbt_rl.inference.state import HeadState
 from kbt_rl.inference.update import apply
 
 
+class Before(NamedTuple):
+    """What an update overwrites: the means, a copy of ``(P,)``, and the noise, None where it is known."""
+
+    mean: Tensor
+    noise: NoiseEstimate | None
+
+
 class Record(NamedTuple):
     """One update as it can be undone.
 
     Attributes:
         steps: Its increments in the order in which they were applied; several for more than 32 rows.
-        noise: What the label noise was thought to be before; None where it is known.
+        before: What it has overwritten.
         rows: Labelled rows that it used.
     """
 
     steps: Sequence[Increment]
-    noise: NoiseEstimate | None
+    before: Before
     rows: int
 
 
@@ -90,7 +100,8 @@ class History:
             )
         undone = list(islice(reversed(self._records), count))
         state = reverted(memory.state, (step for record in undone for step in reversed(record.steps)))
-        return Undo(state, undone[-1].noise, count, sum(record.rows for record in undone))
+        state.mean.copy_(undone[-1].before.mean)
+        return Undo(state, undone[-1].before.noise, count, sum(record.rows for record in undone))
 
     def drop(self, memory: Memory, count: int) -> None:
         """Forget the last ``count`` updates, which have just been undone."""

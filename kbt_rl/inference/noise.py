@@ -44,6 +44,8 @@ _TOO_SMALL = (
     "the label noise is too small beside the variance of the prediction to weigh a label in float64; the posterior is "
     "unchanged. Raise the noise variance or lower the prior"
 )
+# Largest variance of a learned noise over its smallest that leaves the smaller one three digits.
+_MOST_APART = 1e13
 # Fixed-point iterations of the variational learner within one update.
 _ITERATIONS = 2
 
@@ -65,6 +67,7 @@ class Judgement(NamedTuple):
         nis: Normalised innovation squared under the noise as it was before these labels.
         log_density: Logarithm of the predictive density of these labels under that noise.
         estimate: What the noise is thought to be after these labels.
+        repairs: Times it had to be made what float64 can hold.
     """
 
     mean_step: Array
@@ -73,6 +76,7 @@ class Judgement(NamedTuple):
     nis: float
     log_density: float
     estimate: NoiseEstimate
+    repairs: int
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class NoiseModel:
                 f"the update is not finite (NIS {nis}); the posterior is unchanged. Check features and target for huge "
                 "values."
             )
-        after, used = estimate, estimate.cov
+        after, used, repairs = estimate, estimate.cov, 0
         if self.learned:
             if self.student is not None:
                 for b, block in enumerate(own):
@@ -195,10 +199,11 @@ class NoiseModel:
                     white[b] *= math.sqrt(self.student.clip(square))
             learn = self._innovation if self.statistic == "innovation" else self._variational
             learned, labels = learn(white, epistemic, share, estimate.labels)
-            after = NoiseEstimate(self._above_floor(root @ learned @ root.T), labels)
+            raised, repairs = self._above_floor(root @ learned @ root.T)
+            after = NoiseEstimate(raised, labels)
             used = estimate.cov if self.statistic == "innovation" else after.cov
         density = self.log_density(error, cov, estimate.cov)
-        return Judgement(*self._condition(error, cov, used, own), nis, density, after)
+        return Judgement(*self._condition(error, cov, used, own), nis, density, after, repairs)
 
     def log_density(self, error: Array, cov: Array, noise: Array) -> float:
         """Logarithm of the predictive density of labels: Gaussian with ``S + R``, or Student's t noise on top of ``S``.
@@ -266,15 +271,21 @@ class NoiseModel:
         """Share of the information that is kept over ``rows`` labels, so that it settles at ``memory``."""
         return float((1.0 - 1.0 / self.memory) ** rows)
 
-    def _above_floor(self, cov: Array) -> Array:
-        """The covariance, made symmetric, with no variance in any direction below the floor."""
+    def _above_floor(self, cov: Array) -> tuple[Array, int]:
+        """The covariance, made symmetric, with no variance in any direction below the floor, and the repairs of it.
+
+        After a wild label one direction may be so much noisier than another that float64 does not hold both. The
+        smallest variance is then raised to what it can hold, which trusts labels less, never more, and is counted.
+        """
         cov = 0.5 * (cov + cov.T)
         values, vectors = np.linalg.eigh(cov)
-        if values[0] >= self.floor:
-            return cov
-        raised = (vectors * np.maximum(values, self.floor)) @ vectors.T
+        resolved = values[-1] / _MOST_APART
+        floor = max(self.floor, resolved)
+        if values[0] >= floor:
+            return cov, 0
+        raised = (vectors * np.maximum(values, floor)) @ vectors.T
         symmetric: Array = 0.5 * (raised + raised.T)
-        return symmetric
+        return symmetric, int(max(values[0], self.floor) < resolved)
 
 
 def _second_moment(white: Array, cov: Array, share: Array) -> Array:

@@ -18,6 +18,11 @@ _LOST = {dtype: 8.0 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.
 # products of 2 (L + 1) of them, which must stay in float64 (up to four layers), also when several such labels came.
 LARGEST = 1e25
 
+# Standard deviations from its prediction up to which a label is learned where the noise is Gaussian. Such noise takes
+# every label at its word, and the step of a farther one is so far beyond where a network is linear that what follows it
+# could not be learned either.
+FARTHEST = 1e6
+
 
 def kept(dtype: torch.dtype) -> float:
     """The part of a variance that counts, so that a downdate to nothing is refused, not left below 0 by rounding."""
@@ -41,8 +46,9 @@ class UpdateInfo(NamedTuple):
         log_density: Logarithm of the predictive density of the targets before the update, all entries jointly, in
             nats: Gaussian, or with Student's t noise where wild labels are expected. With the softmax link the log
             probability of the labels at the mean logits. NaN where it was not computed.
-        repairs: Times the covariance was repaired before it could take the rows, see ``inference.resolution``; always
-            0 in float64.
+        repairs: Times a covariance was repaired: that of the weights before it could take the rows, see
+            ``inference.resolution`` (never in float64), and that of a learned noise after a wild label, see
+            ``inference.noise``.
     """
 
     innovation: float
@@ -89,6 +95,21 @@ def merge(records: Sequence[UpdateInfo]) -> UpdateInfo:
         log_density=sum(record.log_density for record in records),
         repairs=sum(record.repairs for record in records),
     )
+
+
+def check_distance(nis: float, labels: int) -> None:
+    """Raise UpdateError for labels that Gaussian noise cannot account for, see ``FARTHEST``.
+
+    Args:
+        nis: Normalised innovation squared of all labels.
+        labels: Their number.
+    """
+    if nis > FARTHEST * FARTHEST * labels:
+        raise UpdateError(
+            f"the target is {math.sqrt(nis / labels):.3g} standard deviations from its prediction, where at most "
+            f"{FARTHEST:.0e} are learned; the posterior is unchanged. Check the target's units, raise the noise "
+            "variance if it is meant, or expect wild labels with robust_dof=4"
+        )
 
 
 def check(mean_step: float, info: UpdateInfo) -> None:

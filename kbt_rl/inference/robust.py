@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +31,9 @@ from kbt_rl.inference.density import LOG_TWO_PI
 
 Array = npt.NDArray[np.float64]
 
-# Nodes of log tau. The trapezoid rule on a smooth density is all but exact at this step, and e^-40 leaves room for an
-# error of 10^8 standard deviations.
-_LOG_PRECISIONS = np.arange(-40.0, 4.0, 0.25)
+# Nodes of log tau: the trapezoid rule on a smooth density is all but exact at this step. A label whose squared error is
+# ``q`` times the noise has its ``tau`` around ``1 / q``; the nodes reach e^-20 times that, and at least e^-40.
+_STEP, _HIGHEST, _BELOW, _LOWEST = 0.25, 4.0, 20.0, -40.0
 
 
 class Site(NamedTuple):
@@ -61,7 +61,7 @@ class StudentNoise:
 
     def scalar(self, error: float, variance: float, noise: float) -> tuple[float, float]:
         """``dm`` and the information ``-dC``, not below 0, for one label with one entry."""
-        log_prior, spreads = self._nodes
+        log_prior, spreads = self._nodes(error * error / noise)
         total = variance + noise * spreads
         gains = self._posterior(log_prior - 0.5 * (np.log(total) + error * error / total)) / total
         gain = float(gains.sum())
@@ -81,7 +81,7 @@ class StudentNoise:
         """
         to_label, variances = _diagonalised(cov, noise_cov)
         along = to_label.T @ error
-        log_prior, spreads = self._nodes
+        log_prior, spreads = self._nodes(float(along @ along))
         total = variances + spreads[:, None]
         share = self._posterior(log_prior - 0.5 * (np.log(total) + along * along / total).sum(-1))[:, None]
         gains = share / total
@@ -100,8 +100,9 @@ class StudentNoise:
 
     def scalar_log_density(self, error: float, variance: float, noise: float) -> float:
         """Logarithm of the predictive density of one label with one entry."""
-        total = variance + noise * self._nodes[1]
-        return self._log_mean(-0.5 * (np.log(total) + error * error / total)) - 0.5 * LOG_TWO_PI
+        log_prior, spreads = self._nodes(error * error / noise)
+        total = variance + noise * spreads
+        return _log_mean(log_prior, -0.5 * (np.log(total) + error * error / total)) - 0.5 * LOG_TWO_PI
 
     def log_density(self, error: Array, cov: Array, noise_cov: Array) -> float:
         """Logarithm of the predictive density of labels: of one as it is, of several one after another, see the module.
@@ -127,16 +128,12 @@ class StudentNoise:
     def _row_log_density(self, error: Array, cov: Array, noise_cov: Array) -> float:
         to_label, variances = _diagonalised(cov, noise_cov)
         along = to_label.T @ error
-        total = variances + self._nodes[1][:, None]
+        log_prior, spreads = self._nodes(float(along @ along))
+        total = variances + spreads[:, None]
         # The change of coordinates has the determinant of R^-1/2.
         _, log_det = np.linalg.slogdet(noise_cov)
-        densities = self._log_mean(-0.5 * (np.log(total) + along * along / total).sum(-1))
+        densities = _log_mean(log_prior, -0.5 * (np.log(total) + along * along / total).sum(-1))
         return densities - 0.5 * (float(log_det) + self.outputs * LOG_TWO_PI)
-
-    def _log_mean(self, log_values: Array) -> float:
-        """Logarithm of the mean over ``tau`` of values at the nodes."""
-        log_prior = self._nodes[0]
-        return float(np.logaddexp.reduce(log_prior + log_values) - np.logaddexp.reduce(log_prior))
 
     @staticmethod
     def _posterior(log_weights: Array) -> Array:
@@ -154,10 +151,9 @@ class StudentNoise:
         """
         return (self.dof + self.outputs) / (self.dof + square) / self._gaussian_mean
 
-    @cached_property
-    def _nodes(self) -> tuple[Array, Array]:
-        """Logarithm of the density of ``log tau`` up to a constant, and ``1 / tau``, each ``(nodes,)``."""
-        return 0.5 * self.dof * (_LOG_PRECISIONS - np.exp(_LOG_PRECISIONS)), np.exp(-_LOG_PRECISIONS)
+    def _nodes(self, square: float) -> tuple[Array, Array]:
+        """The nodes for a label whose squared error is ``square`` times the noise, see ``_nodes``."""
+        return _nodes(self.dof, _reach(square))
 
     @cached_property
     def _gaussian_mean(self) -> float:
@@ -170,6 +166,25 @@ class StudentNoise:
 
         inverse, _ = quad(lambda t: math.exp(-self.dof * t) * (1.0 + 2.0 * t) ** (-0.5 * self.outputs), 0.0, math.inf)
         return (self.dof + self.outputs) * (1.0 - self.dof * float(inverse)) / self.outputs
+
+
+def _reach(square: float) -> float:
+    """Smallest ``log tau`` that counts for a label, in steps of ten."""
+    if square <= math.exp(-_LOWEST - _BELOW):
+        return _LOWEST
+    return -10.0 * math.ceil((math.log(square) + _BELOW) / 10.0)
+
+
+@lru_cache(maxsize=64)
+def _nodes(dof: float, lowest: float) -> tuple[Array, Array]:
+    """Logarithm of the density of ``log tau`` up to a constant, and ``1 / tau``, each ``(nodes,)``."""
+    log_precisions = np.arange(lowest, _HIGHEST, _STEP)
+    return 0.5 * dof * (log_precisions - np.exp(log_precisions)), np.exp(-log_precisions)
+
+
+def _log_mean(log_prior: Array, log_values: Array) -> float:
+    """Logarithm of the mean over ``tau`` of values at the nodes."""
+    return float(np.logaddexp.reduce(log_prior + log_values) - np.logaddexp.reduce(log_prior))
 
 
 def _diagonalised(cov: Array, noise_cov: Array) -> tuple[Array, Array]:

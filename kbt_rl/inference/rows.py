@@ -16,7 +16,7 @@ from kbt_rl.inference.density import LOG_TWO_PI, scalar_log_density
 from kbt_rl.inference.moments import Gaussian
 from kbt_rl.inference.noise import NoiseEstimate
 from kbt_rl.inference.output import OutputRule, lost_pivot, measure
-from kbt_rl.inference.record import Increment, UpdateInfo, check
+from kbt_rl.inference.record import Increment, UpdateInfo, check, check_distance
 
 if TYPE_CHECKING:
     from kbt_rl.inference.kernels.terms import RowPass
@@ -83,6 +83,7 @@ def _measured_step(
     if found is None:
         return None
     moved, (total, squares, nis, log_det, smallest) = found
+    check_distance(nis, target.size)
     epistemic = float(variances.sum()) / target.size
     info = UpdateInfo(
         innovation=math.sqrt(squares / target.size),
@@ -107,6 +108,8 @@ def _judged_scalar_step(engine: Engine, row: RowPass, target: float, belief: Noi
     factor = np.array([[math.sqrt(gained)]])
     moved, moves, total, smallest = engine.weight_step(row, np.array([move]), factor, _DOWNDATE)
     predictive = variance + noise
+    if belief.model.robust_dof is None:
+        check_distance(error * error / predictive, 1)
     info = UpdateInfo(abs(error), error * error / predictive, variance, predictive, smallest, 1, weight)
     check(total + learned, info)
     with huge_values_refused():

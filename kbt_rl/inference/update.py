@@ -82,7 +82,7 @@ def increment(
             if forgotten == 0.0:
                 return _increment(state, *labels)
             step = _increment(resolution.repaired(state, forgotten), *labels)
-            return step._replace(correlation=1.0 - forgotten, info=step.info._replace(repairs=1))
+            return step._replace(correlation=1.0 - forgotten, info=step.info._replace(repairs=1 + step.info.repairs))
         except (NegativeVarianceError, NotPositiveDefiniteError):
             # The rows' own variance may be in order and their covariance with the weights not yet.
             if limit == 0.0 or not forgotten < 1.0:  # not a number neither, which no repair makes one

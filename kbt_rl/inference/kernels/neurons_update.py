@@ -9,7 +9,7 @@ import numpy as np
 from kbt_rl.inference.kernels.jit import compiled_nogil, inlined
 from kbt_rl.inference.kernels.neurons import downdate_neurons, project_neurons
 from kbt_rl.inference.kernels.relu import relu_unit
-from kbt_rl.inference.kernels.terms import FAR, INFINITY_BITS, LARGEST, SMALLEST_MOVE, Array
+from kbt_rl.inference.kernels.terms import FAR, FARTHEST, INFINITY_BITS, LARGEST, SMALLEST_MOVE, Array
 from kbt_rl.inference.kernels.units import resolves
 from kbt_rl.inference.kernels.vectors import is_finite, sum_of
 
@@ -123,9 +123,11 @@ def learn_neurons(
         label, noise = labels[h], noises[h]
         inverted = variance if replacing else variance + noise
         change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
-        gain, root = (label - out_mean) / inverted, math.sqrt(abs(change))
+        error, root = label - out_mean, math.sqrt(abs(change))
+        gain = error / inverted
         done = inverted > 0.0 and variance <= LARGEST * LARGEST and abs(label) <= LARGEST
         done = done and sum_of(squares) <= LARGEST * LARGEST
+        done = done and error * error <= FARTHEST * FARTHEST * (variance + noise)
         if firsts.ndim == 4:
             for j in range(n):
                 factor = gate[j]

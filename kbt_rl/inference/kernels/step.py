@@ -8,7 +8,7 @@ import numpy as np
 
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.neurons import downdate_neurons
-from kbt_rl.inference.kernels.terms import LARGEST, Array, ScalarRecord, Shapes
+from kbt_rl.inference.kernels.terms import FARTHEST, LARGEST, Array, ScalarRecord, Shapes
 from kbt_rl.inference.kernels.vectors import axpy, normal, smallest_of, sum_of
 
 
@@ -62,7 +62,8 @@ def scalar_step(
     inverted = variance if replacing else variance + noise
     # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
     change = (noise - inverted) / (inverted * inverted) if replacing else -1.0 / inverted
-    gain, root = (label - mean) / inverted, math.sqrt(abs(change))
+    error, root = label - mean, math.sqrt(abs(change))
+    gain = error / inverted
     for r in range(variances.size):
         move = root * cross[r]
         moved[r] = gain * cross[r]
@@ -71,7 +72,8 @@ def scalar_step(
     step, smallest = sum_of(moved), smallest_of(variances)
     # One sum finds any NaN or infinity; inf - inf is NaN.
     total = step + gain * gain + variance
-    done = inverted > 0.0 and smallest >= 0.0 and total - total == 0.0 and abs(step) <= LARGEST
+    near = error * error <= FARTHEST * FARTHEST * (variance + noise)
+    done = near and inverted > 0.0 and smallest >= 0.0 and total - total == 0.0 and abs(step) <= LARGEST
     return (mean, variance, smallest, 1.0 if done else 0.0), math.copysign(1.0, change)
 
 

@@ -25,7 +25,7 @@ UnitMoments: TypeAlias = tuple[Array, Array, Array, Array]
 # As in ``moments``: beyond it the square of a ratio leaves float64.
 FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
 INFINITY_BITS = 0x7FF0000000000000
-# As ``record.LARGEST``: what is beyond goes the general way, which refuses it.
-LARGEST = 1e25
+# As in ``record``: what is beyond goes the general way, which refuses it.
+LARGEST, FARTHEST = 1e25, 1e6
 # The moves of a neuron that is all but switched off are smaller; their products would be subnormal numbers.
 SMALLEST_MOVE = 1e-150

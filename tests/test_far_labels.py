@@ -1,0 +1,202 @@
+"""Labels far from their prediction: refused where the noise is Gaussian, harmless where wild ones are expected."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import STRUCTURES
+from scipy import stats
+from torch import Tensor, nn
+
+from kbt_rl.inference.batch import HeadBatch
+from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.errors import UpdateError
+from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
+from kbt_rl.inference.record import FARTHEST
+from kbt_rl.inference.robust import StudentNoise
+
+FEATURES, NOISE = 6, 1e-3
+GAUSSIAN: list[dict[str, Any]] = [{}, {"noise": "learned"}, {"noise": "learned", "noise_statistic": "variational"}]
+ROBUST: list[dict[str, Any]] = [{"robust_dof": 4.0}, {"robust_dof": 4.0, "noise": "learned"}]
+
+
+class Teacher:
+    """A linear function with a little noise, and a head that has seen thirty labels of it."""
+
+    def __init__(self, outputs: int = 1, **config: Any) -> None:
+        self.generator = np.random.default_rng(5)
+        self.weights = self.generator.standard_normal((outputs, FEATURES))
+        settings: dict[str, Any] = {"width": 12, "noise_variance": NOISE, **config}
+        self.head = BayesianHead.from_linear(nn.Linear(FEATURES, outputs), HeadConfig(**settings))
+        for _ in range(30):
+            self.head.update(*self.sample())
+
+    def sample(self, rows: int = 1) -> tuple[Tensor, Tensor]:
+        features = self.generator.standard_normal((rows, FEATURES))
+        target = features @ self.weights.T
+        noise = math.sqrt(NOISE) * self.generator.standard_normal(target.shape)
+        return torch.from_numpy(features), torch.from_numpy(target + noise)
+
+    def far(self, deviations: float, rows: int = 1) -> tuple[Tensor, Tensor]:
+        """Rows whose first label is so many standard deviations from its prediction; the others are as predicted."""
+        features, _ = self.sample(rows)
+        mean, epistemic, aleatoric = self.head.predict(features)
+        mean[0] += deviations * (epistemic + aleatoric)[0].diagonal().sqrt()
+        return features, mean
+
+    def error(self) -> float:
+        """Of the predicted mean, root mean square over new features."""
+        features, _ = self.sample(200)
+        return float((self.head(features) - features @ torch.from_numpy(self.weights.T)).square().mean().sqrt())
+
+
+def memory(head: BayesianHead) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in head.state_dict().items()}
+
+
+def assert_untouched(head: BayesianHead, before: dict[str, Tensor]) -> None:
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("config", GAUSSIAN)
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(("outputs", "rows"), [(1, 1), (1, 3), (2, 1), (2, 3), (1, 40)])
+def test_a_label_that_gaussian_noise_cannot_account_for_is_refused(
+    config: dict[str, Any], structure: str, layers: int, outputs: int, rows: int
+) -> None:
+    teacher = Teacher(outputs, structure=structure, layers=layers, **config)
+    before, labels = memory(teacher.head), outputs * min(rows, 32)
+    # Correlated outputs share an error, so that their distance is not the one of each; it is at least the largest.
+    with pytest.raises(UpdateError, match="standard deviations from its prediction"):
+        teacher.head.update(*teacher.far(2.0 * FARTHEST * math.sqrt(labels), rows))
+    assert_untouched(teacher.head, before)
+    # The least that NIS can be is that of one output, and the most that of all outputs if each were on its own.
+    info = teacher.head.update(*teacher.far(FARTHEST / 100.0, rows))
+    assert info.labels == rows * outputs
+
+
+@pytest.mark.parametrize("rule", ["measure", "replace"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_bound_is_the_same_in_machine_code_and_in_the_general_form(rule: str, structure: str, layers: int) -> None:
+    teacher = Teacher(structure=structure, layers=layers, rule=rule)
+    before = memory(teacher.head)
+    features, above = teacher.far(1.0001 * FARTHEST)
+    batch = HeadBatch([teacher.head])
+    for update in (teacher.head.update, teacher.head.increment, partial(batch.update, together=True)):
+        with pytest.raises(UpdateError, match="standard deviations from its prediction"):
+            update(features, above)
+        assert_untouched(teacher.head, before)
+    refused = batch.update(features, above).refused
+    assert "standard deviations from its prediction" in str(refused[0])
+    assert_untouched(teacher.head, before)
+    features, below = teacher.far(0.9999 * FARTHEST)
+    teacher.head.increment(features, below)
+    assert teacher.head.update(features, below).nis == pytest.approx((0.9999 * FARTHEST) ** 2, rel=1e-6)
+
+
+def test_probabilities_have_no_far_labels() -> None:
+    head = BayesianHead.from_linear(nn.Linear(FEATURES, 3), HeadConfig(rule="laplace", width=12))
+    features = torch.ones(1, FEATURES, dtype=torch.float64)
+    for _ in range(200):
+        head.update(features, torch.tensor([[1.0, 0.0, 0.0]]))
+    assert math.isfinite(head.update(features, torch.tensor([[0.0, 0.0, 1.0]])).nis)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("config", GAUSSIAN)
+def test_the_farthest_label_that_is_learned_does_not_stop_what_follows(
+    config: dict[str, Any], outputs: int, structure: str
+) -> None:
+    teacher = Teacher(outputs, structure=structure, **config)
+    features, target = teacher.far(0.0)
+    _, epistemic, aleatoric = teacher.head.predict(features)
+    target[0, 0] += 0.5 * FARTHEST * float((epistemic + aleatoric)[0, 0, 0].sqrt())
+    teacher.head.update(features, target)
+    for _ in range(60):
+        teacher.head.update(*teacher.sample())  # an error here is the failure
+    assert torch.isfinite(teacher.head.state.mean).all()
+
+
+def test_a_learned_noise_stays_within_what_float64_holds_and_says_so() -> None:
+    model = NoiseModel.of(HeadConfig(noise="learned", noise_floor=1e-9), 2)
+    assert model is not None
+    before = NoiseEstimate(np.diag([1.0, 1e-3]), 10.0)
+    for wild, repairs in [(1e3, 0), (1e9, 1)]:
+        judged = model.judge(np.array([[wild, 0.01]]), 1e-2 * np.eye(2), before)
+        values = np.linalg.eigvalsh(judged.estimate.cov)
+        assert judged.repairs == repairs
+        assert values[-1] == pytest.approx(wild**2 / 11.0, rel=0.1)
+        assert values[0] >= 0.9e-13 * values[-1]
+        np.linalg.cholesky(judged.estimate.cov)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_repair_of_a_learned_noise_is_in_the_record(structure: str) -> None:
+    teacher = Teacher(2, structure=structure, noise="learned", noise_floor=1e-9)
+    teacher.head.set_noise(torch.diag(torch.tensor([1e6, 1e-6], dtype=torch.float64)))
+    features, target = teacher.far(0.0)
+    target[0, 0] += 1e8
+    assert teacher.head.update(features, target).repairs == 1
+    assert teacher.head.update(*teacher.sample()).repairs == 0
+
+
+@pytest.mark.parametrize("config", ROBUST)
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(("outputs", "rows"), [(1, 1), (2, 1), (2, 3)])
+def test_where_wild_labels_are_expected_none_is_too_far(
+    config: dict[str, Any], structure: str, outputs: int, rows: int
+) -> None:
+    teacher = Teacher(outputs, structure=structure, **config)
+    error = teacher.error()
+    for deviations in (1e3, 1e8, 1e12, 1e16, 1e20):
+        features, target = teacher.far(deviations, rows)
+        before = teacher.head(features)
+        info = teacher.head.update(features, target)
+        assert info.label_weight < 1e-3 if rows == 1 else info.label_weight < 1.0
+        moved = (teacher.head(features) - before).abs().max()
+        # Ordinary rows beside it make the hidden units surer, which moves the mean a little.
+        assert float(moved) < (100.0 * math.sqrt(NOISE / deviations) if rows == 1 else 1e-2)
+    assert teacher.error() < 1.5 * error
+
+
+@pytest.mark.parametrize("error", [1.0, 1e4, 1e8, 1e9, 1e15, 1e25])
+@pytest.mark.parametrize("dof", [1.0, 4.0])
+def test_the_density_of_a_wild_label_is_students_t_however_far_it_is(dof: float, error: float) -> None:
+    expected = stats.t.logpdf(error, dof, scale=0.3)
+    noise, nothing = np.array([[0.09]]), np.zeros((1, 1))
+    student = StudentNoise(dof, 1)
+    assert student.scalar_log_density(error, 0.0, 0.09) == pytest.approx(expected, abs=1e-8, rel=1e-12)
+    assert student.log_density(np.array([[error]]), nothing, noise) == pytest.approx(expected, abs=1e-8, rel=1e-12)
+
+
+@pytest.mark.parametrize("error", [1e8, 1e9, 1e15, 1e25])
+def test_a_wild_label_moves_the_less_the_farther_it_is(error: float) -> None:
+    # For e far beyond S and R the score of Student's t is (dof + 1) / e.
+    move, information = StudentNoise(4.0, 1).scalar(error, 2.0, 0.09)
+    assert move == pytest.approx(5.0 / error, rel=1e-6)
+    assert information == 0.0
+    site = StudentNoise(4.0, 1).site(np.array([error]), np.array([[2.0]]), np.array([[0.09]]))
+    assert site.shift[0] == pytest.approx(5.0 / error, rel=1e-6)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_rollback_of_a_far_label_brings_the_means_back_bit_for_bit(structure: str, dtype: str) -> None:
+    teacher = Teacher(structure=structure, dtype=dtype, history=5)
+    before = memory(teacher.head)
+    prediction = teacher.head(torch.ones(4, FEATURES))
+    teacher.head.update(*teacher.far(0.5 * FARTHEST))
+    teacher.head.update(*teacher.sample())
+    assert teacher.head.rollback(2) == 2
+    assert torch.equal(teacher.head.state.mean, before["mean"])
+    torch.testing.assert_close(teacher.head(torch.ones(4, FEATURES)), prediction, rtol=1e-5, atol=1e-5)
