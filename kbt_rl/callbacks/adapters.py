@@ -168,8 +168,8 @@ class KalmanAdapter(OnlineAdapter):
     updates since the last write), ``kalman/nis`` (normalised innovation squared per scalar label: 1 on average if the
     variances are right), ``kalman/nlpd`` (negative log predictive density of a label before it is learned, nats with
     labels in action units, mean over the updates since the last write; of discrete actions the negative log
-    probability), ``kalman/smallest_variance`` and ``kalman/repairs`` (so far, see
-    ``inference.UpdateInfo``). With continuous actions also ``kalman/coverage_95``: the share of the updates since the last
+    probability), ``kalman/smallest_variance`` and ``kalman/repairs`` (so far, see ``UpdateInfo``). With
+    continuous actions also ``kalman/coverage_95``: the share of the updates since the last
     write whose labels were inside the 95 % region that was predicted for them, 0.95 on average if the predictions are
     calibrated (with ``HeadConfig.robust_dof`` the region of ordinary labels). With a strategy also ``kalman/alarms``
     (changes noticed). Where the noise is learned or wild labels are expected, also ``kalman/noise_variance`` (action
