@@ -64,6 +64,26 @@ def test_a_bad_sample_changes_nothing(make: Any, sample: Sample, message: str) -
 
 
 @LEARNERS
+@pytest.mark.parametrize("which", ["context", "target"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda values: values + 1j, r"hold complex\d+; expected real numbers"),
+        (lambda values: values.astype(object), "hold object; expected real numbers"),
+        (lambda values: np.ma.masked_array(values, mask=True), r"masked array.*use NaN for no label"),
+    ],
+    ids=["complex", "objects", "masked"],
+)
+def test_what_is_no_array_of_real_numbers_changes_nothing(make: Any, which: str, spoil: Any, message: str) -> None:
+    model, sample = make(), Sample(states(2), ONES)
+    before = weights(model)
+    with pytest.raises(TypeError, match=message):
+        model.update(sample._replace(**{which: spoil(getattr(sample, which))}))
+    assert (model.labels_used, memory(model)) == (0, 0)
+    assert not changed(before, weights(model))
+
+
+@LEARNERS
 def test_a_label_is_complete_or_missing(make: Any) -> None:
     space = spaces.Box(-1.0, 1.0, (2,), dtype=np.float32)
 

@@ -122,6 +122,16 @@ def test_a_folder_of_that_name_is_left_alone(tmp_path: Path) -> None:
     KBT.load(tmp_path / "model.zip_2")
 
 
+def test_a_folder_beside_the_file_is_not_taken_for_it(tmp_path: Path) -> None:
+    model = kbt()
+    (tmp_path / "model").mkdir()
+    model.save(tmp_path / "model")
+    assert names(tmp_path) == ["model", "model.zip"]
+    assert KBT.load(tmp_path / "model").labels_used == model.labels_used
+    with pytest.raises(FileNotFoundError, match="there is no model at"):
+        KBT.load(tmp_path)
+
+
 def test_a_link_stays_a_link_and_permissions_stay(tmp_path: Path) -> None:
     target, link = tmp_path / "first.zip", tmp_path / "latest.zip"
     kbt().save(target)

@@ -19,6 +19,7 @@ from kbt_rl import KBT, HeadConfig, Sample
 from kbt_rl.agents.export import FORMAT_VERSION, load_safetensors, save_safetensors
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.transformer_policy import TransformerPolicy
+from kbt_rl.inference import triangle
 
 
 def learned() -> KBT:
@@ -163,6 +164,30 @@ def negative_variance(path: Path) -> Path:
     return rewritten(path, tensors={"policy.head.cov_0": -load_file(path)["policy.head.cov_0"]})
 
 
+def with_covariance(path: Path, change: Any) -> Path:
+    """The file with another covariance of the hidden layer's weights."""
+    shape = learned().policy.head.spec.shapes[0]
+    cov = triangle.unpack(load_file(path)["policy.head.cov_0"], shape)
+    change(cov)
+    return rewritten(path, tensors={"policy.head.cov_0": triangle.pack(cov, shape)})
+
+
+def indefinite(path: Path) -> Path:
+    def change(cov: torch.Tensor) -> None:
+        """Correlations of 1 with one weight and of -1 between the two."""
+        for one, other, sign in [(0, 1, 1.0), (0, 2, 1.0), (1, 2, -1.0)]:
+            cov[one, other] = cov[other, one] = sign * (cov[one, one] * cov[other, other]).sqrt()
+
+    return with_covariance(path, change)
+
+
+def asymmetric(path: Path) -> Path:
+    def change(cov: torch.Tensor) -> None:
+        cov[0, 1] += 1e-6 * cov[0, 0]
+
+    return with_covariance(path, change)
+
+
 def negative_noise(path: Path) -> Path:
     return rewritten(path, tensors={"policy.head.noise_cov": torch.full((1, 1), -1e-3, dtype=torch.float64)})
 
@@ -185,6 +210,8 @@ def broken_settings(path: Path) -> Path:
         (extra_tensor, "the file was altered"),
         (not_a_number, "policy.head.mean holds NaN or infinity"),
         (negative_variance, "negative variance"),
+        (indefinite, "not positive semi-definite"),
+        (asymmetric, "not symmetric"),
         (negative_noise, "negative eigenvalue"),
         (zero_scale, "target_scale is not positive"),
         (broken_settings, "is not loaded, and nothing has changed"),

@@ -126,3 +126,29 @@ def test_no_head_is_in_a_batch_twice() -> None:
     head = BayesianHead.from_linear(nn.Linear(4, 1))
     with pytest.raises(ValueError, match="twice"):
         HeadBatch([head, head])
+
+
+@pytest.mark.parametrize("how", ["made", "copied", "loaded", "assigned", "in a batch"])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_head_of_inference_mode_learns_outside_of_it(how: str, outputs: int) -> None:
+    torch.manual_seed(0)
+    layer, config = nn.Linear(3, outputs), HeadConfig(width=8, history=2)
+    expected = BayesianHead.from_linear(layer, config)
+    head = copy.deepcopy(expected)
+    with torch.inference_mode():
+        if how == "made":
+            head = BayesianHead.from_linear(layer, config)
+        elif how == "copied":
+            head = copy.deepcopy(expected)
+        elif how == "in a batch":
+            head = HeadBatch([copy.deepcopy(expected)])[0]
+        else:
+            head.load_state_dict(copy.deepcopy(expected.state_dict()), assign=how == "assigned")
+        head.predict(torch.ones(2, 3))
+    for row in (torch.ones(1, 3), torch.zeros(1, 3)):
+        head.update(row, torch.ones(1, outputs))
+        expected.update(row, torch.ones(1, outputs))
+    for name, value in head.named_buffers():
+        assert torch.equal(value, expected.get_buffer(name)), name
+    torch.testing.assert_close(head(torch.ones(2, 3)), expected(torch.ones(2, 3)), rtol=0.0, atol=0.0)
+    assert head.rollback(2) == 2

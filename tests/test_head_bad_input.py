@@ -312,3 +312,27 @@ def test_complex_tensors_are_refused() -> None:
         with pytest.raises(TypeError, match="hold complex64; expected real numbers"):
             head.update(given, torch.zeros(1, 2))
     assert_untouched(head, before)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("which", ["features", "target"])
+def test_a_mask_is_never_lost(outputs: int, which: str) -> None:
+    head = make_head(outputs)
+    before = snapshot(head)
+    given: dict[str, Any] = {"features": np.ones((1, 3)), "target": np.ones((1, outputs))}
+    given[which] = np.ma.masked_array(given[which], mask=True)
+    with pytest.raises(TypeError, match=r"masked array.*use NaN for no label"):
+        head.update(**given)
+    assert_untouched(head, before)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [np.float16, np.longdouble, np.int32, np.bool_])
+def test_numbers_of_any_length_are_learned_as_in_float64(outputs: int, rows: int, dtype: Any) -> None:
+    features, target = np.eye(3)[:rows].astype(dtype), np.ones((rows, outputs), dtype)
+    head, other = make_head(outputs), make_head(outputs)
+    head.update(features, target)
+    other.update(features.astype(np.float64), target.astype(np.float64))
+    for name, value in head.named_buffers():
+        assert torch.equal(value, other.get_buffer(name)), name

@@ -15,6 +15,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from kbt_rl.inference.memory import as_array
 from kbt_rl.inference.output import Link, are_distributions
 
 Array = npt.NDArray[Any]
@@ -81,7 +82,7 @@ class ContinuousActions(ActionFormat):
 
     def targets(self, target: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """See ``ActionFormat``; any numbers, never clipped."""
-        return np.atleast_2d(np.asarray(target, dtype=np.float64))
+        return np.atleast_2d(np.asarray(as_array(target), dtype=np.float64))
 
     def loss(self, outputs: Tensor, target: Tensor, scale: Tensor) -> Tensor:
         """See ``ActionFormat``; the squared error in units of ``scale``."""
@@ -118,7 +119,7 @@ class DiscreteActions(ActionFormat):
         Whole numbers (of an integer type) ``(n,)`` or ``()`` are actions and become one-hot rows; floating-point rows
         ``(n, size)`` or ``(size,)`` are distributions, a row of NaN a missing label.
         """
-        values = np.asarray(target)
+        values = as_array(target)
         if values.dtype.kind in "iu":
             return self._one_hot(np.atleast_1d(values))
         rows = np.atleast_2d(np.asarray(values, dtype=np.float64))

@@ -67,11 +67,19 @@ class CheckpointedAlgorithm(BaseAlgorithm):
         Raises:
             FileNotFoundError: There is no such file, with or without ``.zip``.
         """
-        if isinstance(path, (str, Path)) and not (Path(path).exists() or Path(f"{path}.zip").exists()):
-            raise FileNotFoundError(f"there is no model at {path} or {path}.zip; model.save({str(path)!r}) writes one")
+        if isinstance(path, (str, Path)):
+            path = _existing(path)
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         model._after_loading()
         return model
 
     def _after_loading(self) -> None:
         """Hook for what a subclass has to say of a model that was loaded."""
+
+
+def _existing(path: str | Path) -> Path:
+    """The file that a path means, with or without ``.zip``; a folder of that name is none."""
+    for candidate in (Path(path), Path(f"{path}.zip")):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"there is no model at {path} or {path}.zip; model.save({str(path)!r}) writes one")

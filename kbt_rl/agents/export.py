@@ -28,6 +28,7 @@ from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.files import replacing
 from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.loading import check_covariance
 from kbt_rl.models.decision_transformer import DecisionTransformerConfig
 
 if TYPE_CHECKING:
@@ -251,9 +252,8 @@ def _built(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transf
     weights = {name.removeprefix(_WEIGHTS): tensors[name] for name in tensors if name.startswith(_WEIGHTS)}
     policy.load_state_dict(weights)
     if isinstance(policy, DecisionTransformerPolicy):
-        smallest = min(float(head.state.variances().min()) for head in policy.heads)
-        if not smallest >= 0.0:
-            raise ValueError(f"the posterior has the negative variance {smallest:.3g}")
+        for head in policy.heads:
+            check_covariance(head.state)
         smallest = min(float(torch.linalg.eigvalsh(head.noise_cov)[0]) for head in policy.heads)
         if not smallest >= -1e-12 * max(float(head.noise_cov.max()) for head in policy.heads):  # by rounding
             raise ValueError(f"the covariance of the label noise has the negative eigenvalue {smallest:.3g}")

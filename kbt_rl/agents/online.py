@@ -26,6 +26,7 @@ from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.rollouts import RolloutAlgorithm
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled_rows
 from kbt_rl.agents.transformer_policy import TransformerPolicy
+from kbt_rl.inference.memory import as_array
 from kbt_rl.models.context import ContextWindow
 
 
@@ -138,7 +139,7 @@ class OnlineAlgorithm(RolloutAlgorithm):
         """
         context = sample.context
         if not isinstance(context, ContextWindow):
-            context = self.policy.start(np.atleast_2d(np.asarray(context)))
+            context = self.policy.start(np.atleast_2d(as_array(context)))
         else:
             self.policy.check_context(context)
             if sample.features is None:  # else it was checked when it was encoded

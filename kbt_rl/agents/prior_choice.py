@@ -24,6 +24,7 @@ from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.evidence import sequential_log_density
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.memory import as_array
 from kbt_rl.models.context import ContextWindow
 
 Batch = tuple[Tensor, npt.NDArray[np.float64]]
@@ -120,7 +121,7 @@ def _batches(model: KBT, stream: Sequence[Sample]) -> Iterator[Batch]:
     for sample in stream:
         context = sample.context
         if not isinstance(context, ContextWindow):
-            context = policy.start(np.atleast_2d(np.asarray(context)))
+            context = policy.start(np.atleast_2d(as_array(context)))
         policy.check_context(context)
         policy.check_observations(context.newest)
         target = policy.actions.targets(sample.target)

@@ -1,11 +1,14 @@
-"""Whether saved weights and buffers fit a module, asked before the first of them is taken over."""
+"""Whether saved weights and buffers fit a module, asked before the first of them is taken over, and make sense."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
+
+from kbt_rl.inference.state import HeadState
 
 
 def check_fits(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
@@ -44,3 +47,25 @@ def check_dtypes(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) 
                 "was cast has lost digits it needs, save it again without casting, or load it into a head of its "
                 "own dtype (HeadConfig.dtype)"
             )
+
+
+def check_covariance(state: HeadState) -> None:
+    """Raise ValueError unless the covariance is symmetric and positive semi-definite, to the rounding of its dtype.
+
+    A Cholesky factorisation of the correlations, to which that rounding has been added: ``P^3 / 3`` operations for
+    ``P`` weights that are correlated with each other.
+    """
+    smallest = float(state.variances().min())
+    if not smallest >= 0.0:
+        raise ValueError(f"the posterior has the negative variance {smallest:.3g}")
+    for block in state.correlated_blocks():
+        wide, size = block.double(), block.shape[-1]
+        deviations = wide.diagonal(dim1=-2, dim2=-1).sqrt()
+        scale = torch.where(deviations > 0.0, deviations, 1.0)
+        correlations = wide / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+        rounding = size * torch.finfo(block.dtype).eps
+        if bool(((correlations - correlations.mT).abs() > rounding).any()):
+            raise ValueError("the posterior's covariance is not symmetric: it is no covariance")
+        correlations.diagonal(dim1=-2, dim2=-1).add_(rounding)
+        if bool(torch.linalg.cholesky_ex(correlations).info.any()):
+            raise ValueError("the posterior's covariance is not positive semi-definite: it is no covariance")

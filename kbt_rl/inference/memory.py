@@ -174,11 +174,11 @@ def _for_machine_code(array: Array) -> Array:
     return np.array(array, np.float64, order="C")
 
 
-def as_array(values: Tensor | Array) -> Array:
+def as_array(values: Tensor | npt.ArrayLike) -> Array:
     """Values on the CPU, detached, without a copy where that is possible.
 
     Raises:
-        TypeError: They are not real numbers: complex, text or objects.
+        TypeError: They are not real numbers: complex, text or objects; or some of them are masked.
     """
     array: Array
     if isinstance(values, Tensor):
@@ -188,10 +188,15 @@ def as_array(values: Tensor | Array) -> Array:
             values = values.detach().cpu()
             array = (values if values.is_complex() else values.double()).numpy()
     else:
+        if isinstance(values, np.ma.MaskedArray):
+            raise TypeError(
+                "observations, features or target are a masked array, and its mask would be lost; use NaN for no label"
+            )
         array = np.asarray(values)
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"features or target hold {array.dtype}; expected real numbers")
-    return array
+        raise TypeError(f"observations, features or target hold {array.dtype}; expected real numbers")
+    # PyTorch knows no longer numbers.
+    return array.astype(np.float64) if array.dtype.itemsize > 8 else array
 
 
 def _copy(cov: Any) -> Array:

@@ -268,11 +268,19 @@ class Posterior(nn.Module):
         """The buffers as the head computes with them; made anew when one of them was replaced or moved."""
         memory = self._bound
         if memory is None or not memory.holds(tuple(self._buffers.values())):
+            self._leave_inference_mode()
             recorded = self._history is not None
             memory = self._bound = Memory(
                 self.spec, self._cov_names, self._buffers, self.rule, self.noise_model, recorded
             )
         return memory
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what was made under ``torch.inference_mode()``: such a tensor has no version, and views go by that."""
+        with torch.inference_mode(False):
+            for name, buffer in self._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    self._buffers[name] = buffer.clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is derived from the buffers is derived again from their copies, and a copy has a lock of its own.

@@ -94,6 +94,14 @@ class HeadState:
         layers = zip(self.cov, self.spec.shapes, strict=False)  # what joint stores beyond is between layers
         return torch.cat([ops.variances(block, shape) for block, shape in layers])
 
+    def correlated_blocks(self) -> list[Tensor]:
+        """Covariances ``(..., m, m)`` of the weights that may be correlated; no two blocks share a weight."""
+        if self.spec.structure == "joint":
+            return [self.dense_cov()]
+        ops = LAYERWISE[self.spec.structure]
+        blocks = ops.dense if self.spec.structure == "layer" else ops.neuron_blocks
+        return [blocks(block, shape) for block, shape in zip(self.cov, self.spec.shapes, strict=True)]
+
     def dense_cov(self) -> Tensor:
         """The full covariance ``(P, P)``, zero where the structure stores nothing; for tests, plots and small heads."""
         if self.spec.structure == "joint":
