@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import gymnasium as gym
@@ -110,7 +111,7 @@ def test_an_interrupted_pretraining_changes_nothing(monkeypatch: pytest.MonkeyPa
 
     def interrupted(*arguments: Any) -> Any:
         trained(*arguments)
-        assert changed(before, weights(model))
+        assert not torch.equal(arguments[0].linear.weight, model.policy.transformer.linear.weight)  # there was training
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cloning, "clone_behaviour", interrupted)
@@ -119,6 +120,35 @@ def test_an_interrupted_pretraining_changes_nothing(monkeypatch: pytest.MonkeyPa
     assert not changed(before, weights(model))
     assert model.labels_used == 4
     assert not model.policy.training
+
+
+@pytest.mark.parametrize("way", ["pretrain", "start_from"])
+def test_an_interrupt_at_its_end_finds_the_new_network_with_its_own_posterior(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = kbt(), kbt()
+    model.update(Sample(states(4), expert().label(states(4))))
+    other.pretrain(expert(NOMINAL), PretrainConfig(samples=20, steps=1), progress_bar=False)
+    load = model.policy.transformer.load_state_dict
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return load(*arguments)
+
+    monkeypatch.setattr(model.policy.transformer, "load_state_dict", interrupted)
+    config = PretrainConfig(samples=20, steps=1)
+    calls = {
+        "pretrain": lambda: model.pretrain(expert(NOMINAL), config, progress_bar=False),
+        "start_from": lambda: model.start_from(other),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        calls[way]()
+    after = weights(model)
+    assert model.labels_used == 0
+    model.policy.reset_head()
+    assert not changed(after, weights(model))
+    if way == "start_from":
+        assert not changed(weights(other), after)
 
 
 def test_normalised_observations_are_refused() -> None:

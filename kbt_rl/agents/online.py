@@ -26,8 +26,10 @@ from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.rollouts import RolloutAlgorithm
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled_rows
 from kbt_rl.agents.transformer_policy import TransformerPolicy
+from kbt_rl.inference.interrupts import interrupts_deferred
 from kbt_rl.inference.memory import as_array
 from kbt_rl.models.context import ContextWindow
+from kbt_rl.models.decision_transformer import DecisionTransformer
 
 
 class OnlineAlgorithm(RolloutAlgorithm):
@@ -208,19 +210,14 @@ class OnlineAlgorithm(RolloutAlgorithm):
                 )
                 self._last_obs = self._context = None  # the expert has moved the environment on
             steps = bar.add_task("behaviour cloning", total=config.steps)
-            before = copy.deepcopy(self.policy.transformer.state_dict())
-            try:
-                info = cloning.clone_behaviour(
-                    self.policy.transformer, data, form, config, rng, self.max_force, lambda n: bar.advance(steps, n)
-                )
-            except BaseException:  # Ctrl-C too: what was learned belongs to the features of before
-                self.policy.transformer.load_state_dict(before)
-                self.policy.set_training_mode(False)
-                raise
-        self.policy.set_training_mode(False)
-        self.pretrain_info, self.labels_used = info, 0
-        self.strategy_state.clear()
-        self._after_pretraining()
+            trained = copy.deepcopy(
+                self.policy.transformer
+            )  # an interrupt leaves the features that the posterior knows
+            info = cloning.clone_behaviour(
+                trained, data, form, config, rng, self.max_force, lambda n: bar.advance(steps, n)
+            )
+        with interrupts_deferred():
+            self._start_anew(trained, info)
         return info
 
     def start_from(self, other: OnlineAlgorithm) -> None:
@@ -237,9 +234,15 @@ class OnlineAlgorithm(RolloutAlgorithm):
                 raise ValueError(f"this learner's {name} is {getattr(self, name)}, the other's {getattr(other, name)}")
         if self.env is not None:
             other._check_action_scale(self.env)
-        self.policy.transformer.load_state_dict(other.policy.transformer.state_dict())
-        self.label_space, self.max_force, self.forces = other.label_space, other.max_force, other.forces
-        self.pretrain_info, self.labels_used = other.pretrain_info, 0
+        with interrupts_deferred():
+            self.label_space, self.max_force, self.forces = other.label_space, other.max_force, other.forces
+            self._start_anew(other.policy.transformer, other.pretrain_info)
+
+    def _start_anew(self, transformer: DecisionTransformer, info: PretrainInfo | None) -> None:
+        """Take over pre-trained weights; what was learned is forgotten."""
+        self.policy.transformer.load_state_dict(transformer.state_dict())
+        self.policy.set_training_mode(False)
+        self.pretrain_info, self.labels_used = info, 0
         self.strategy_state.clear()
         self._after_pretraining()
 
