@@ -37,24 +37,25 @@ def _moved(cross: Array, variances: Array, change: float, root: float, kept: flo
 
 
 @inlined
-def _weighed(
-    cross: Array, variances: Array, head: int, after: Array, change: float, kept: float
-) -> tuple[float, float]:
-    """As ``_moved`` for independent weights, whose ``cross`` is still to be multiplied by the variances of their head.
-
-    ``after`` receives the variances after the step. What is NaN or infinite before it makes the sum so.
-    """
-    step, smallest, lost = 0.0, np.int64(INFINITY_BITS), 1.0 - kept
-    for i in range(cross.size):
+def _smallest_after(gradient: Array, variances: Array, head: int, change: float, kept: float) -> float:
+    """As the second of ``_moved``, for independent weights and the output's gradient by them."""
+    smallest, lost = np.int64(INFINITY_BITS), 1.0 - kept
+    for i in range(gradient.size):
         before = variances[head, i]
-        move = cross[i] * before
-        cross[i] = move
-        after[i] = before + change * move * move
-    for i in range(cross.size):
-        step += cross[i]
-        bits = np.float64(after[i] - lost * variances[head, i]).view(np.int64)  # see ``smallest_of``
+        move = gradient[i] * before
+        bits = np.float64(before + change * move * move - lost * before).view(np.int64)  # see ``smallest_of``
         smallest = bits if bits < smallest else smallest
-    return step, np.int64(smallest).view(np.float64)
+    return np.int64(smallest).view(np.float64)
+
+
+@inlined
+def _take(gradient: Array, means: Array, variances: Array, head: int, start: int, gain: float, change: float) -> None:
+    """The step of independent weights, whose means begin at ``start``."""
+    for i in range(gradient.size):
+        before = variances[head, i]
+        move = gradient[i] * before
+        means[head, start + i] += gain * move
+        variances[head, i] = before + change * move * move
 
 
 @compiled_nogil
@@ -78,8 +79,7 @@ def learn_neurons(
     own, own_variances = cross[:hidden].reshape(n, k), variances[:hidden].reshape(n, k)
     own_above, variances_above = cross[hidden:].reshape(1, n + 1), variances[hidden:].reshape(1, n + 1)
     if firsts.ndim == 3:
-        below, above = cross[:hidden], cross[hidden:]
-        after_below, after_above = variances[:hidden], variances[hidden:]
+        below, above, pulls = cross[:hidden], cross[hidden:], np.empty(n)
         flat_firsts, flat_lasts = firsts.reshape(means.shape[0], hidden), lasts.reshape(means.shape[0], n + 1)
     inputs[d] = squares[d] = activation[n] = 1.0
     for r in range(heads.size):
@@ -99,10 +99,12 @@ def learn_neurons(
                 for p in range(d):
                     logit += means[h, at + p] * inputs[p]
             else:
-                total = flat_firsts[h, at + d]
+                total = pull = flat_firsts[h, at + d]
                 for p in range(d):
                     logit += means[h, at + p] * inputs[p]
                     total += flat_firsts[h, at + p] * squares[p]
+                    pull += flat_firsts[h, at + p] * inputs[p]
+                pulls[j] = pull
             activation[j], spread[j] = logit, max(total, 0.0)
         for j in range(n):
             activation[j], spread[j], gate[j], _ = relu_unit(activation[j], spread[j])
@@ -137,6 +139,9 @@ def learn_neurons(
                 done = resolves(gate, activation, inputs, cross, variances, least)
             step, smallest = _moved(cross, variances, change, root, kept)
         else:
+            step = own_above[0, n]
+            for j in range(n):
+                step += gate[j] * pulls[j] + own_above[0, j]
             for j in range(n):
                 gate[j] = 0.0 if abs(root * gate[j]) <= _SMALLEST_GATE else gate[j]
                 own_above[0, j] = 0.0 if abs(root * activation[j]) <= _SMALLEST_GATE else activation[j]
@@ -146,31 +151,40 @@ def learn_neurons(
                     own[j, p] = factor * inputs[p]
             own_above[0, n] = 1.0
             # From here on the weights are a row of numbers, whatever unit they belong to.
-            step, smallest = _weighed(below, flat_firsts, h, after_below, change, kept)
-            step_above, smallest_above = _weighed(above, flat_lasts, h, after_above, change, kept)
-            step, smallest = step + step_above, min(smallest, smallest_above)
-            done = done and (-FAR < change < 0.0 or is_finite(variances))
+            smallest = _smallest_after(below, flat_firsts, h, change, kept)
+            smallest = min(smallest, _smallest_after(above, flat_lasts, h, change, kept))
+            if not -FAR < change < 0.0:  # `replace` may make a variance larger than any number
+                for i in range(hidden):
+                    before = flat_firsts[h, i]
+                    variances[i] = before + change * (below[i] * before) * (below[i] * before)
+                for j in range(n + 1):
+                    before = flat_lasts[h, j]
+                    variances[hidden + j] = before + change * (above[j] * before) * (above[j] * before)
+                done = done and is_finite(variances)
         step *= gain
         total = step + gain * gain + variance
         done = done and smallest >= 0.0 and total - total == 0.0 and abs(step) <= LARGEST
         records[r, 0], records[r, 1], records[r, 2], records[r, 3] = out_mean, variance, smallest, 1.0 if done else 0.0
         if plan.size > 0:
+            if firsts.ndim == 3:
+                for i in range(hidden):
+                    below[i] *= flat_firsts[h, i]
+                for j in range(n + 1):
+                    above[j] *= flat_lasts[h, j]
             for i in range(weights):
                 plan[r, i] = gain * cross[i]
             for i in range(weights):
                 plan[r, weights + i] = root * cross[i]
             plan[r, 2 * weights] = math.copysign(1.0, change)
         elif done:
-            for i in range(weights):
-                means[h, i] += gain * cross[i]
             if firsts.ndim == 4:
+                for i in range(weights):
+                    means[h, i] += gain * cross[i]
                 for i in range(weights):
                     cross[i] *= root  # so that both halves of a block get the same product
                 downdate_neurons(firsts[h], cross[:hidden], math.copysign(1.0, change))
                 downdate_neurons(lasts[h], cross[hidden:], math.copysign(1.0, change))
             else:
-                for i in range(hidden):
-                    flat_firsts[h, i] = variances[i]
-                for j in range(n + 1):
-                    flat_lasts[h, j] = variances[hidden + j]
+                _take(below, means, flat_firsts, h, 0, gain, change)
+                _take(above, means, flat_lasts, h, hidden, gain, change)
             labels_seen[h] += 1
