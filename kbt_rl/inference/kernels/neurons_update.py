@@ -45,7 +45,8 @@ def _smallest_after(gradient: Array, variances: Array, head: int, change: float,
         move = gradient[i] * before
         bits = np.float64(before + change * move * move - lost * before).view(np.int64)  # see ``smallest_of``
         smallest = bits if bits < smallest else smallest
-    return np.int64(smallest).view(np.float64)
+    variance: float = np.int64(smallest).view(np.float64)
+    return variance
 
 
 @inlined
