@@ -1,4 +1,4 @@
-"""Error, coverage and log predictive density of the head and its rivals, one sample at a time.
+"""Error, coverage, log predictive density and time of the head and its rivals, one sample at a time.
 
 Two toys, of which the features of one span the answer and those of the other do not, and the paper's pendulum: features
 of a pre-trained encoder, labels of the shifted plant's expert. The noise is known to all. The head's prior is chosen on
@@ -8,7 +8,8 @@ the very samples it learns from, by the sum of one-step-ahead log predictive den
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ from kbt_rl.inference.evidence import sequential_log_density
 
 Array = npt.NDArray[np.float64]
 
+# Samples that a learner takes in a row before the next one's turn, so that all see the machine as fast.
+_TURN = 10
 CANDIDATES = prior_grid(hidden=(1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2), last=(0.1, 1.0), rhos=(0.0, 0.9))
 
 
@@ -52,6 +55,7 @@ class Score(NamedTuple):
         error: Root mean square of prediction minus noisy label.
         coverage: Share of the labels inside 95 % intervals.
         density: Mean log predictive density of a label.
+        update_us: Microseconds of an update, median over the samples.
         prior: ``hidden_variance``, ``last_variance`` and ``rho`` of the head, empty for others.
     """
 
@@ -61,6 +65,7 @@ class Score(NamedTuple):
     error: float
     coverage: float
     density: float
+    update_us: float
     prior: str
 
 
@@ -107,16 +112,19 @@ def choose(task: Task, candidates: Sequence[HeadConfig] = CANDIDATES) -> HeadCon
 
 def score(task: Task, seed: int, chosen: HeadConfig) -> tuple[list[Score], dict[str, str]]:
     """Scores of all learners, and the reasons of those that could not run."""
-    found, missing = [], {}
+    learners: dict[str, Peer] = {}
+    missing: dict[str, str] = {}
     for name, make in peers(task.features.shape[1], task.noise, chosen).items():
         try:
-            learner = make()
+            learners[name] = make()
         except ImportError as error:
             missing[name] = str(error)
-            continue
-        prior = _prior(learner.head.config) if name.startswith("KBT") and isinstance(learner, Head) else ""
-        found.append(_score(task, name, seed, learner, prior))
-    return found, missing
+    priors = {
+        name: _prior(learner.head.config)
+        for name, learner in learners.items()
+        if name.startswith("KBT") and isinstance(learner, Head)
+    }
+    return _scores(task, seed, learners, priors), missing
 
 
 def ablation(task: Task, seed: int, chosen: HeadConfig) -> list[Score]:
@@ -129,11 +137,8 @@ def ablation(task: Task, seed: int, chosen: HeadConfig) -> list[Score]:
         "one term of the ReLU series": replace(chosen, relu_order=1),
         "four terms of the ReLU series": replace(chosen, relu_order=4),
     }
-    found = []
-    for name, config in variants.items():
-        learner = Head(task.features.shape[1], task.noise, config)
-        found.append(_score(task, name, seed, learner, _prior(config)))
-    return found
+    learners = {name: Head(task.features.shape[1], task.noise, config) for name, config in variants.items()}
+    return _scores(task, seed, learners, {name: _prior(config) for name, config in variants.items()})
 
 
 def _prior(config: HeadConfig) -> str:
@@ -141,12 +146,28 @@ def _prior(config: HeadConfig) -> str:
     return f"{config.hidden_variance:g}, {config.last_variance:g}, {rho:g}"
 
 
-def _score(task: Task, name: str, seed: int, learner: Peer, prior: str) -> Score:
-    """Learn the task's samples in their order, then look at its held-out rows."""
-    for row, label in zip(task.features, task.labels, strict=True):
-        learner.update(row, float(label))
+def _scores(task: Task, seed: int, learners: Mapping[str, Peer], priors: Mapping[str, str]) -> list[Score]:
+    taken = learn(task, learners)
+    return [_score(task, name, seed, learner, taken[name], priors.get(name, "")) for name, learner in learners.items()]
+
+
+def learn(task: Task, learners: Mapping[str, Peer]) -> dict[str, float]:
+    """Let each learn the task's samples in their order; microseconds of an update, median."""
+    taken: dict[str, list[int]] = {name: [] for name in learners}
+    for start in range(0, len(task.labels), _TURN):
+        turn = slice(start, start + _TURN)
+        for name, learner in learners.items():
+            for row, label in zip(task.features[turn], task.labels[turn], strict=True):
+                before = time.perf_counter_ns()
+                learner.update(row, float(label))
+                taken[name].append(time.perf_counter_ns() - before)
+    return {name: float(np.median(each)) / 1e3 for name, each in taken.items()}
+
+
+def _score(task: Task, name: str, seed: int, learner: Peer, update_us: float, prior: str) -> Score:
+    """What one that has learned the task's samples says of its held-out rows."""
     mean, variance = learner.predict(task.test_features)
     error = task.test_labels - mean
     density = -0.5 * float(np.mean(np.log(2.0 * np.pi * variance) + error**2 / variance))
     covered = float(np.mean(np.abs(error) <= Z95 * np.sqrt(variance))) if math.isfinite(density) else math.nan
-    return Score(task.name, name, seed, float(np.sqrt(np.mean(error**2))), covered, density, prior)
+    return Score(task.name, name, seed, float(np.sqrt(np.mean(error**2))), covered, density, update_us, prior)

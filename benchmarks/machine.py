@@ -41,11 +41,15 @@ def _multiply_add(rounds: int) -> float:
 
 
 class Limits(NamedTuple):
-    """Seconds a byte to read, seconds a byte to read and write back, and operations a second of one core."""
+    """Seconds a byte to read, seconds a byte to read and write back, and operations a second."""
 
     read_s: float
     rewrite_s: float
     flops: float
+
+    def of_cores(self, count: int) -> Limits:
+        """What so many cores would do if each had a memory of its own."""
+        return Limits(self.read_s / count, self.rewrite_s / count, self.flops * count)
 
 
 def limits(working_set: int, seconds: float = 0.05) -> Limits:
@@ -85,10 +89,31 @@ class Work(NamedTuple):
     stored_bytes: int
     flops: int
 
-    def seconds(self, machine: Limits) -> float:
-        """The longer of moving and computing, at the machine's best."""
-        moving = self.stored_bytes * (machine.read_s + machine.rewrite_s)
-        return max(moving, self.flops / machine.flops)
+    def of_heads(self, count: int) -> Work:
+        """That of so many heads."""
+        return Work(count * self.stored_bytes, count * self.flops)
+
+
+class Roofline(NamedTuple):
+    """What must be done, and what the machine did at a working set of that size in the same run."""
+
+    work: Work
+    machine: Limits
+
+    @property
+    def moving_us(self) -> float:
+        """Microseconds to read the covariance, and to read it again and write it."""
+        return 1e6 * self.work.stored_bytes * (self.machine.read_s + self.machine.rewrite_s)
+
+    @property
+    def computing_us(self) -> float:
+        """Microseconds to multiply and add."""
+        return 1e6 * self.work.flops / self.machine.flops
+
+    @property
+    def limit_us(self) -> float:
+        """The longer of the two."""
+        return max(self.moving_us, self.computing_us)
 
 
 def update_work(structure: str, shapes: tuple[tuple[int, int], ...], itemsize: int = 8) -> Work:

@@ -19,6 +19,17 @@ from benchmarks.speed import INDEPENDENT, Row
 
 matplotlib.use("Agg")
 
+_UPDATE = (
+    "*Update*: median of the samples' in microseconds, mean over the seeds; all methods learn in turns of ten samples."
+)
+# Fewer independent heads are bound by calls.
+_MANY = 256
+_ROOFLINE = (
+    "What limits are made of. The covariance is read once, and read and written once more, at what this machine does "
+    "at a working set of that size (*reads*, *rewrites*); each entry is multiplied and added in both, at what a core "
+    "does in its registers."
+)
+
 
 def write(
     out: Path, rows: Sequence[Row], scores: Sequence[Score], compared: Sequence[BlockRow], about: dict[str, Any]
@@ -26,13 +37,19 @@ def write(
     """``bench.json``, ``benchmarks.md`` and the figures; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     parts = {"speed": rows, "accuracy": scores, "blocks": compared}
-    record = {"about": about, **{name: [each._asdict() for each in part] for name, part in parts.items()}}
+    record = {"about": about, **{name: [_plain(each) for each in part] for name, part in parts.items()}}
     (out / "bench.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     _draw_growth(rows, out / "growth.png")
     _draw_paper_head(rows, out / "paper_head.png")
     page = out / "benchmarks.md"
     page.write_text("\n".join(_page(rows, scores, compared, about)) + "\n", encoding="utf-8")
     return page
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    """A named tuple as JSON takes it, the ones within it too, with the limit that follows from a roofline."""
+    nested = {name: _plain(value) if hasattr(value, "_asdict") else value for name, value in record._asdict().items()}
+    return {**nested, "limit_us": record.limit_us} if isinstance(record, Row) else nested
 
 
 def _table(heads: Sequence[str], body: Iterable[Sequence[object]]) -> list[str]:
@@ -71,16 +88,18 @@ def _page(
         lines += _throughput(own) if group == INDEPENDENT else _times(own)
         if group == "width":
             lines += _growth(own)
+            lines += _rooflines(rows)
     for task in dict.fromkeys(each.task for each in scores):
         own = [each for each in scores if each.task == task]
         seeds = sorted({each.seed for each in own})
-        lines += [f"## {task.capitalize()}", "", f"Seeds {seeds}; mean, and the range over the seeds.", ""]
+        lines += [f"## {task.capitalize()}", "", f"Seeds {seeds}; mean, and the range over the seeds. {_UPDATE}", ""]
         body = []
         for method in dict.fromkeys(each.method for each in own):
             found = [each for each in own if each.method == method]
             cells = [_range([getattr(each, name) for each in found]) for name in ("error", "coverage", "density")]
-            body.append((method, *cells, "; ".join(dict.fromkeys(each.prior for each in found)) or "-"))
-        lines += _table(("method", "error", "coverage of 95 %", "log density", "variances, rho"), body)
+            update = _number(float(np.mean([each.update_us for each in found])))
+            body.append((method, *cells, update, "; ".join(dict.fromkeys(each.prior for each in found)) or "-"))
+        lines += _table(("method", "error", "coverage of 95 %", "log density", "update", "variances, rho"), body)
     lines += _blocks(compared)
     if about["missing"]:
         lines += ["## Not run", "", *(f"- {name}: {reason}" for name, reason in about["missing"].items()), ""]
@@ -101,6 +120,29 @@ def _times(rows: Sequence[Row]) -> list[str]:
         for row in rows
     ]  # fmt: skip
     return _table(heads, body)
+
+
+def _rooflines(rows: Sequence[Row]) -> list[str]:
+    """Bytes and operations of one row's update, and of many heads' in one call, against the machine."""
+    body = []
+    for row in rows:
+        alone, many = row.group == "width", row.group == INDEPENDENT and row.rows >= _MANY
+        if row.roofline is None or row.threads > 1 or "loop" in row.name or not (alone or many):
+            continue
+        (stored_bytes, flops), (read_s, rewrite_s, flops_s) = row.roofline
+        body.append(
+            (
+                row.name if alone else f"{row.name.replace(', one call', '')} heads in one call, {row.dtype}",
+                *map(_number, (stored_bytes / 1e3, flops / 1e3, 1e-9 / read_s, 1e-9 / rewrite_s, flops_s / 1e9)),
+                *map(_number, (row.roofline.moving_us, row.roofline.computing_us, row.median_us)),
+                _number(row.median_us / row.limit_us, 2),
+            )
+        )
+    heads = (
+        "call", "covariance, kB", "operations, thousands", "reads, GB/s", "rewrites, GB/s", "Gflop/s", "moving",
+        "computing", "median", "median / limit",
+    )  # fmt: skip
+    return ["## Roofline", "", _ROOFLINE, "", *_table(heads, body)]
 
 
 def _growth(rows: Sequence[Row]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 
 import kbt_rl  # noqa: F401  registers the environments
 from benchmarks.clock import Timing, in_turns
-from benchmarks.machine import limits, update_work
+from benchmarks.machine import Roofline, limits, update_work
 from benchmarks.peers import STRUCTURES, JaxEKF
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
@@ -57,7 +57,7 @@ class Row(NamedTuple):
         stored_bytes: Size of the covariance as this library stores it.
         median_us: Microseconds of a call, median.
         p99_us: 99th percentile.
-        limit_us: What the machine's memory and cores would need at best, NaN where no formula is given.
+        roofline: What the machine's memory and cores would need at best, None where no formula is given.
         threads: Threads of PyTorch, or those that share out independent heads.
         dtype: Of the posterior, or empty.
     """
@@ -74,9 +74,14 @@ class Row(NamedTuple):
     stored_bytes: int
     median_us: float
     p99_us: float
-    limit_us: float
+    roofline: Roofline | None
     threads: int
     dtype: str
+
+    @property
+    def limit_us(self) -> float:
+        """What the machine would need at best; NaN where no formula is given."""
+        return math.nan if self.roofline is None else self.roofline.limit_us
 
 
 def head_of(
@@ -102,28 +107,33 @@ def _updates(head: BayesianHead, rows: int = 1) -> Callable[[], Any]:
     return call
 
 
-def _limit(head: BayesianHead, count: int = 1) -> float:
-    """What the machine, as fast as it is at the moment, would need at best to update so many heads, in microseconds."""
+def _roofline(head: BayesianHead, count: int = 1) -> Roofline:
+    """What it takes to update so many heads, on the machine as fast as it is at the moment."""
     shapes = tuple((shape.n, shape.k) for shape in head.state.spec.shapes)
-    work = update_work(head.state.spec.structure, shapes, head.mean.itemsize)
-    return 1e6 * count * work.seconds(limits(count * work.stored_bytes))
+    work = update_work(head.state.spec.structure, shapes, head.mean.itemsize).of_heads(count)
+    return Roofline(work, limits(work.stored_bytes))
 
 
 def _row(
-    group: str, name: str, timing: Timing, head: BayesianHead | None = None, rows: int = 1, limit: float = math.nan
+    group: str,
+    name: str,
+    timing: Timing,
+    head: BayesianHead | None = None,
+    rows: int = 1,
+    roofline: Roofline | None = None,
 ) -> Row:
-    """A timed call; its limit is measured where none is given and a formula is known."""
+    """A timed call; its roofline is measured where none is given and a formula is known."""
     threads = torch.get_num_threads()
     if head is None:
-        return Row(group, name, "", 0, 0, 0, 0, rows, 0, 0, timing.median_us, timing.p99_us, limit, threads, "")
+        return Row(group, name, "", 0, 0, 0, 0, rows, 0, 0, timing.median_us, timing.p99_us, None, threads, "")
     state = head.state
-    if math.isnan(limit) and rows == 1 and head.out_features == 1:
-        limit = _limit(head)
+    if roofline is None and rows == 1 and head.out_features == 1:
+        roofline = _roofline(head)
     layers = len(state.spec.shapes)
     return Row(
         group, name, state.spec.structure, head.in_features, state.spec.shapes[0].n if layers > 1 else 0, layers,
         head.out_features, rows, len(state.mean), sum(block.nbytes for block in state.cov), timing.median_us,
-        timing.p99_us, limit, threads, head.config.dtype,
+        timing.p99_us, roofline, threads, head.config.dtype,
     )  # fmt: skip
 
 
@@ -134,7 +144,7 @@ def _fastest(time_all: Callable[[], list[Row]]) -> list[Row]:
     """
     rounds = [time_all() for _ in range(_ROUNDS)]
     return [
-        min(found, key=lambda row: row.median_us)._replace(limit_us=min(row.limit_us for row in found))
+        min(found, key=lambda row: row.median_us)._replace(roofline=min(found, key=lambda row: row.limit_us).roofline)
         for found in zip(*rounds, strict=True)
     ]
 
@@ -266,10 +276,11 @@ def _fleet(head: BayesianHead, count: int, seconds: float) -> Callable[[], list[
 
     def time_all() -> list[Row]:
         timings = in_turns({str(way): call for way, call in ways.items()}, seconds / _ROUNDS, burst=1, warm_up=1)
-        limit, rows = _limit(head, count), []
+        (work, machine), rows = _roofline(head, count), []
         for name, threads in ways:
             of = f"{head.state.spec.structure}, {head.in_features}-{head.config.width}-1, {count}, {name}"
-            row = _row(INDEPENDENT, of, timings[str((name, threads))], head, count, limit / threads)
+            roofline = Roofline(work, machine.of_cores(threads))
+            row = _row(INDEPENDENT, of, timings[str((name, threads))], head, count, roofline)
             rows.append(row._replace(threads=threads))
         return rows
 

@@ -14,10 +14,21 @@ pytest.importorskip("numba", reason='the micro-benchmarks need numba: pip instal
 
 from benchmarks import accuracy, blocks, page
 from benchmarks.clock import in_turns
-from benchmarks.machine import Limits, update_work
+from benchmarks.machine import Limits, Roofline, Work, update_work
 from benchmarks.peers import STRUCTURES, Head, RankOne
 from benchmarks.speed import INDEPENDENT, Row, head_of
 from kbt_rl.inference.config import HeadConfig
+
+
+def _roofline(limit_us: float) -> Roofline:
+    """One whose moving takes so long, a third of it reading, and whose computing takes a tenth of that."""
+    return Roofline(Work(1000, 1000), Limits(limit_us / 3e9, limit_us / 1.5e9, 1e10 / limit_us))
+
+
+def _row(median_us: float, roofline: Roofline) -> Row:
+    """An update of a joint head."""
+    shape = (16, 32, 2, 1, 1, 577, 1000)
+    return Row("width", "width 32, joint", "joint", *shape, median_us, median_us, roofline, 1, "float64")
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -35,8 +46,9 @@ def test_the_least_storage_is_what_the_head_needs(structure: str) -> None:
 def test_the_limit_is_the_longer_of_moving_and_computing() -> None:
     work = update_work("diagonal", ((2, 3),))
     assert work == (48, 24)
-    assert work.seconds(Limits(1.0, 2.0, 1.0)) == 48 * 3.0
-    assert work.seconds(Limits(0.0, 0.0, 2.0)) == 12.0
+    assert Roofline(work, Limits(1.0, 2.0, 1.0)).limit_us == 1e6 * 48 * 3.0
+    assert Roofline(work, Limits(0.0, 0.0, 2.0)).limit_us == 1e6 * 12.0
+    assert Roofline(work.of_heads(3), Limits(1.0, 2.0, 1.0).of_cores(2)).limit_us == 1e6 * 48 * 3.0 * 1.5
 
 
 def test_calls_take_turns() -> None:
@@ -70,10 +82,10 @@ def test_blocks_differ_from_a_joint_update_behind_a_relu_only(layers: int, toler
 
 def test_growth_is_fitted_by_a_constant_and_a_multiple_of_the_limit() -> None:
     def row(limit: float, median: float) -> Row:
-        return Row("width", "w", "neuron", 16, 32, 2, 1, 1, 10, 80, median, median, limit, 1, "float64")
+        return _row(median, _roofline(limit))
 
     exact = page._growth([row(limit, 5.0 + 2.0 * limit) for limit in (1.0, 10.0, 100.0)])
-    assert any("| neuron | 10 to 10 | 5 | 2 |" in line for line in exact)
+    assert any("| joint | 577 to 577 | 5 | 2 |" in line for line in exact)
     off = page._growth([row(1.0, 10.0), row(10.0, 10.0), row(100.0, 1000.0)])
     assert float(off[-2].split("|")[-2].strip().removesuffix(" %")) > 30.0
 
@@ -93,6 +105,27 @@ def test_the_page_writes_three_digits_without_an_exponent(value: float, shown: s
     assert page._number(value) == shown
 
 
+def test_learners_take_turns_on_the_samples_in_their_order() -> None:
+    task = accuracy.toy(8, in_span=False, samples=25, held_out=10)
+    calls: list[tuple[str, float]] = []
+
+    class Silent:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def update(self, x: np.ndarray, y: float) -> None:
+            calls.append((self.name, y))
+
+        def predict(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            raise AssertionError
+
+    taken = accuracy.learn(task, {name: Silent(name) for name in "ab"})
+    assert [name for name, _ in calls] == [*"a" * 10, *"b" * 10, *"a" * 10, *"b" * 10, *"a" * 5, *"b" * 5]
+    for name in "ab":
+        assert [label for each, label in calls if each == name] == task.labels.tolist()
+        assert taken[name] > 0.0
+
+
 def test_the_choice_looks_at_the_samples_only() -> None:
     task = accuracy.toy(8, in_span=False, samples=40, held_out=10)
     candidates = (HeadConfig(hidden_variance=1e-6), HeadConfig(hidden_variance=1e-3))
@@ -103,11 +136,14 @@ def test_the_choice_looks_at_the_samples_only() -> None:
 
 
 def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
-    rows = [Row("width", "width 32, joint", "joint", 16, 32, 2, 1, 1, 577, 1000, 300.0, 400.0, 200.0, 1, "float64")]
+    rows = [_row(300.0, _roofline(200.0))._replace(p99_us=400.0)]
     for name, threads, median in (("loop", 1, 800.0), ("one call", 1, 100.0), ("one call", 2, 50.0)):
         rows.append(rows[0]._replace(group=INDEPENDENT, name=name, rows=4, threads=threads, median_us=median))
-    rows.append(rows[0]._replace(group="paper's head", name="encoder", weights=0, limit_us=math.nan))
-    scores = [accuracy.Score("toy", "KBT joint", seed, 0.1, 0.95, 0.8, "1e-5") for seed in (0, 1)]
+    rows.append(rows[2]._replace(name="joint, 16-32-1, 256, one call", rows=256))
+    rows.append(rows[1]._replace(name="loop", rows=256))
+    rows.append(rows[3]._replace(name="one call", rows=256))
+    rows.append(rows[0]._replace(group="paper's head", name="encoder", weights=0, roofline=None))
+    scores = [accuracy.Score("toy", "KBT joint", seed, 0.1, 0.95, 0.8, 12.5 + seed, "1e-5") for seed in (0, 1)]
     compared = [blocks.BlockRow("toy", seed, 128, 8, 0.125, 0.25, 0.5) for seed in (0, 1)]
     about = dict.fromkeys(("machine", "cores", "python", "torch", "numpy", "numba", "date"), "x")
     written = page.write(tmp_path, rows, scores, compared, {**about, "missing": {"TAGI": "no MPI"}})
@@ -116,5 +152,17 @@ def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
     assert "| joint | 16-32-1 | float64 | 4 | 200 | 25 | 12.5 | 8 | 16 |" in text
     assert "| width 32, joint | 577 | 1 | 1 | 300 | 400 | 1.3 | 200 | 1.5 |" in text
     assert "| toy | 128 | 8 | 0.1250 (0.125 to 0.125) | 0.2500 (0.250 to 0.250) | 0.5000 (0.500 to 0.500) |" in text
-    assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["accuracy"][1]["seed"] == 1
+    assert (
+        "| KBT joint | 0.1000 (0.100 to 0.100) | 0.9500 (0.950 to 0.950) | 0.8000 (0.800 to 0.800) | 13 | 1e-5 |"
+        in text
+    )
+    assert "| width 32, joint | 1 | 1 | 0.015 | 0.0075 | 0.05 | 200 | 20 | 300 | 1.5 |" in text
+    assert (
+        "| joint, 16-32-1, 256 heads in one call, float64 | 1 | 1 | 0.015 | 0.0075 | 0.05 | 200 | 20 | 100 | 0.5 |"
+        in text
+    )
+    record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert record["accuracy"][1]["seed"] == 1
+    assert record["speed"][0]["roofline"]["work"] == {"stored_bytes": 1000, "flops": 1000}
+    assert record["speed"][0]["limit_us"] == 200.0
     assert (tmp_path / "growth.png").stat().st_size > 1000
