@@ -175,15 +175,43 @@ class AdamStep:
 
 
 class Tagi:
-    """TAGI by pytagi's C++ code, diagonal covariance."""
+    """TAGI by pytagi's C++ code: diagonal covariance, float32; from its own random start or a given one.
 
-    def __init__(self, features: int, noise: float, width: int = 32) -> None:
+    Its wheel needs shared libraries that pip does not bring along, those of Open MPI 4 and of NCCL.
+
+    Args:
+        features: Inputs.
+        noise: Variance of the labels.
+        width: Hidden units.
+        seed: Of the random start.
+        start: Weight means ``(hidden (k), output)`` and their prior variances instead.
+    """
+
+    def __init__(
+        self, features: int, noise: float, width: int = 32, seed: int = 0, start: tuple[Array, Array] | None = None
+    ) -> None:
+        from pytagi import manual_seed
         from pytagi.nn import Linear, OutputUpdater, ReLU, Sequential
 
+        manual_seed(seed)
         self.net = Sequential(Linear(features, width), ReLU(), Linear(width, 1))
         self.net.set_threads(1)
         self.updater = OutputUpdater(self.net.device)
         self.noise = noise
+        if start is not None:
+            hidden = width * (features + 1)
+            first = [each[:hidden].reshape(width, features + 1) for each in start]
+            last = [each[hidden:].reshape(1, width + 1) for each in start]
+            # In pytagi's order: means and variances of the weights, then those of the biases.
+            self.net.load_state_dict(
+                {
+                    name: (
+                        *(each[:, :-1].ravel().tolist() for each in layer),
+                        *(each[:, -1].tolist() for each in layer),
+                    )
+                    for name, layer in (("Linear.0", first), ("Linear.2", last))
+                }
+            )
 
     def update(self, x: Array, y: float) -> None:
         """See ``Peer``."""
@@ -214,6 +242,10 @@ def peers(features: int, noise: float, chosen: HeadConfig) -> dict[str, Callable
         head = Head(features, noise, ekf).head
         return JaxEKF(features, noise, start=(head.mean.numpy().copy(), head.state.dense_cov().numpy()))
 
+    def tagi_same_start() -> Peer:
+        head = _head(features, noise, replace(chosen, structure="diagonal"))().head
+        return Tagi(features, noise, start=(head.mean.numpy(), head.state.dense_cov().diagonal().numpy()))
+
     return {
         **{f"KBT {each}": _head(features, noise, replace(chosen, structure=each)) for each in STRUCTURES},
         "KBT L = 1": _head(features, noise, replace(chosen, layers=1)),
@@ -222,7 +254,8 @@ def peers(features: int, noise: float, chosen: HeadConfig) -> dict[str, Callable
         "EKF, same start (NumPy)": lambda: Head(features, noise, ekf, EKFHead),
         "EKF, same start (JAX)": jax_same_start,
         "EKF, random start (JAX)": lambda: JaxEKF(features, noise),
-        "TAGI (pytagi)": lambda: Tagi(features, noise),
+        "TAGI, same start (pytagi)": tagi_same_start,
+        "TAGI, random start (pytagi)": lambda: Tagi(features, noise),
         "one Adam step": lambda: AdamStep(features),
     }
 
@@ -230,7 +263,7 @@ def peers(features: int, noise: float, chosen: HeadConfig) -> dict[str, Callable
 STRUCTURES = ("joint", "layer", "neuron", "diagonal")
 
 
-def _head(features: int, noise: float, config: HeadConfig) -> Callable[[], Peer]:
+def _head(features: int, noise: float, config: HeadConfig) -> Callable[[], Head]:
     if config.structure == "diagonal":
         config = replace(config, rho=0.0)
     return lambda: Head(features, noise, config)
