@@ -17,30 +17,13 @@ from kbt_rl.inference.kernels.vectors import axpy, dot, matvec, with_one
 def project_neurons(cov: Array, inputs: Array, out: Array, variances: Array) -> None:
     """``Sigma_j z~`` and variances of each neuron, ``(n, k)``, for blocks ``(n, k, k)`` or variances ``(n, k)``."""
     n, k = out.shape
-    whole = k - k % 8
     for j in range(n):
         if cov.ndim == 3:
-            for q in range(0, whole, 8):  # eight columns of the symmetric block at a time, summed in registers
-                c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = 0.0
-                for p in range(k):
-                    x = inputs[p]
-                    c0, c1, c2, c3 = (
-                        c0 + x * cov[j, p, q], c1 + x * cov[j, p, q + 1],
-                        c2 + x * cov[j, p, q + 2], c3 + x * cov[j, p, q + 3],
-                    )  # fmt: skip
-                    c4, c5, c6, c7 = (
-                        c4 + x * cov[j, p, q + 4], c5 + x * cov[j, p, q + 5],
-                        c6 + x * cov[j, p, q + 6], c7 + x * cov[j, p, q + 7],
-                    )  # fmt: skip
-                out[j, q], out[j, q + 1], out[j, q + 2], out[j, q + 3] = c0, c1, c2, c3
-                out[j, q + 4], out[j, q + 5], out[j, q + 6], out[j, q + 7] = c4, c5, c6, c7
-            for q in range(whole, k):
+            for q in range(k):
                 total = 0.0
                 for p in range(k):
                     total += cov[j, q, p] * inputs[p]
-                out[j, q] = total
-            for q in range(k):
-                variances[j, q] = cov[j, q, q]
+                out[j, q], variances[j, q] = total, cov[j, q, q]
         else:
             for q in range(k):
                 out[j, q], variances[j, q] = cov[j, q] * inputs[q], cov[j, q]
