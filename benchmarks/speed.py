@@ -227,11 +227,11 @@ def sweeps(seconds: float, largest: int) -> list[Row]:
     for rows in (1, 4, 16, 64):
         for structure in STRUCTURES:
             cases[f"rows {rows}, {structure}"] = head_of(structure), rows
-    for width in (32, 128):
+    for width, rows in ((32, 1), (32, 4), (128, 1)):
         for structure in STRUCTURES:
             for dtype in ("float64", "float32"):
-                name = f"precision {dtype}, {structure}, width {width}"
-                cases[name] = head_of(structure, width=width, dtype=dtype), 1
+                name = f"precision {dtype}, {structure}, width {width}" + (f", {rows} rows" if rows > 1 else "")
+                cases[name] = head_of(structure, width=width, dtype=dtype), rows
 
     def time_all() -> list[Row]:
         # Alone, as a wide one would empty the caches of the others; and its limit right after it, in the same weather.

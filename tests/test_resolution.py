@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MACHINE_CODE, STRUCTURES, randn
+from scipy.linalg import eigh
 from torch import Tensor, nn
 
 from kbt_rl.inference import compiled, resolution, state, update
@@ -149,9 +150,41 @@ def test_the_jacobian_gives_the_covariance_with_the_output(structure: str, layer
     wide, _ = pair(outputs, structure=structure, layers=layers)
     for features, target in stream(5, 2, outputs):
         wide.update(features, target)
-    features = stream(1, 3)[0][0]
-    jacobian = resolution.jacobian(wide.state, features)
-    torch.testing.assert_close(wide.state.dense_cov() @ jacobian, update.propagate(wide.state, features)[1])
+    for features in (stream(1, 3)[0][0], stream(1, 1)[0][0]):
+        jacobian = resolution.general_jacobian(wide.state, features)
+        torch.testing.assert_close(wide.state.dense_cov() @ jacobian, update.propagate(wide.state, features)[1])
+        torch.testing.assert_close(resolution.jacobian(wide.state, features), jacobian, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("structure", CORRELATED)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("outputs", "rows"), [(1, 1), (1, 4), (3, 1), (2, 3)])
+def test_what_is_forgotten_follows_from_the_least_certain_combination(
+    structure: str, layers: int, outputs: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, narrow = pair(outputs, structure=structure, layers=layers, noise_variance=1e-5)
+    samples = stream(60, rows, outputs, decades=3.0)
+    learn(narrow, samples)
+    features = samples[0][0]
+    cov, gradients = narrow.state.dense_cov().double(), resolution.general_jacobian(narrow.state, features)
+    together, apart = gradients.mT @ cov @ gradients, gradients.mT @ (cov.diagonal().unsqueeze(-1) * gradients)
+    quotient = float(eigh(together.numpy(), apart.numpy(), eigvals_only=True)[0])
+    assert 0.0 < quotient < 0.4
+    covariances = update.propagate(narrow.state, features)[1], narrow.state.variances().double()
+    monkeypatch.setattr(state, "_LEAST_QUOTIENT", quotient * (1.0 - 1e-6))
+    assert resolution.shrinkage(narrow.state, features, *covariances) == 0.0
+    monkeypatch.setattr(state, "_LEAST_QUOTIENT", limit := quotient * (1.0 + 1e-6))
+    forgotten = resolution.shrinkage(narrow.state, features, *covariances)
+    assert forgotten == pytest.approx((2.0 * limit - quotient) / (1.0 - quotient), rel=1e-4)
+    repaired = (1.0 - forgotten) * together + forgotten * apart
+    assert eigh(repaired.numpy(), apart.numpy(), eigvals_only=True)[0] == pytest.approx(2.0 * limit, rel=1e-4)
+
+
+def test_a_row_that_comes_twice_is_no_reason_to_forget() -> None:
+    _, narrow = pair()
+    learn(narrow, stream(5))
+    features = stream(1)[0][0].repeat(3, 1)
+    assert narrow.update(features, torch.zeros(3, 1)).repairs == 0
 
 
 @MACHINE_CODE
@@ -165,7 +198,8 @@ def test_the_machine_code_asks_for_the_same_repairs(
     _, fast = pair(structure=structure, layers=layers, noise_variance=1e-6)
     plain, repairs = copy.deepcopy(fast), 0
     for features, target in stream(300, decades=5.0):
-        forgotten = resolution.shrinkage(fast.state, features, update.propagate(fast.state, features)[1])
+        cross_cov, variances = update.propagate(fast.state, features)[1], fast.state.variances().double()
+        forgotten = resolution.shrinkage(fast.state, features, cross_cov, variances)
         info = fast.update(features, target)
         assert info.repairs == (forgotten > 0.0)
         repairs += info.repairs

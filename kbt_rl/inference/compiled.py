@@ -156,13 +156,27 @@ class RowEngine(Engine):
             return result
         from kbt_rl.inference.kernels import rows
 
+        inputs, moments = self._units_of(features)
+        with plain_interrupts:
+            result = rows.propagate(*self._posterior, inputs, moments, self._outputs)
+        return result
+
+    def gradients(self, features: Array) -> Array:
+        """Derivatives of the mean outputs of rows ``(B, d)`` by the weights, ``(B o, P)``, see ``resolution``."""
+        mean, _, _, _, shapes = self._posterior
+        inputs, moments = self._units_of(features)
+        found: Array
+        with plain_interrupts:
+            found = self._code.gradients(mean, shapes, inputs, moments, self._outputs)
+        return found
+
+    def _units_of(self, features: Array) -> tuple[Array, Any]:
+        """``[z; 1]`` of each row, and the moments of the hidden units if there are any."""
         mean, _, first, _, shapes = self._posterior
         inputs = np.ones((len(features), features.shape[1] + 1))
         inputs[:, :-1] = features
         with plain_interrupts:
-            moments = self._code.unit_moments(mean, first, shapes, inputs) if len(shapes) == 2 else _NO_UNITS
-            result = rows.propagate(*self._posterior, inputs, moments, self._outputs)
-        return result
+            return inputs, self._code.unit_moments(mean, first, shapes, inputs) if len(shapes) == 2 else _NO_UNITS
 
     def predict(self, centre: Array, scale: Array, outputs: Array, rows: Array) -> tuple[Array, Array]:
         """See ``Engine``.

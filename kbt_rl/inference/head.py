@@ -231,15 +231,16 @@ class BayesianHead(Posterior):
         all_rows, all_labels = self._checked(features, target)
         count, before = len(all_rows), self._before()
         # What may need a repair goes by the increment that can hold one.
-        engine = memory.state.engine if count == 1 and not memory.state.least_quotient else None
-        if engine is not None and engine.takes(1, self.out_features):
+        few = functional.is_moved_by_rows(memory.state, count * self.out_features)
+        engine = memory.state.engine if few and not memory.state.least_quotient else None
+        if engine is not None and engine.takes(count, self.out_features):
             belief = None if memory.noise_model is None else memory.belief()
             row = row_step(engine, all_rows, all_labels, self.rule, memory.noise_cov, belief, memory.weights())
             with self._changing():
                 engine.commit(row.mean_step, row.factor, row.signs)
                 memory.keep(row.noise)
-                memory.labels_seen += 1
-                self._remember([row.as_increment()], before, 1)
+                memory.labels_seen += count
+                self._remember([row.as_increment()], before, count)
             return row.info
         successive = count > functional.MAX_JOINT_ROWS
         state = memory.state.clone() if successive else memory.state

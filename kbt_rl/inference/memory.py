@@ -218,6 +218,8 @@ def prepare(structure: str, layers: int, propagates: bool, dtype: torch.dtype) -
     if engine is not None:
         zeros = np.zeros(len(mean))
         engine.commit(zeros, zeros[None], np.zeros(1))
+    if isinstance(engine, RowEngine) and state.least_quotient:
+        engine.gradients(np.zeros((1, 1)))
     units = np.zeros(1), np.ones(1), np.zeros(1, dtype=np.int64)
     if engine is not None and propagates:
         row_step(engine, np.zeros((1, 1)), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kbt_rl.inference.compiled import RowEngine
 from kbt_rl.inference.moments import relu_mean
 from kbt_rl.inference.smoother import augment
 from kbt_rl.inference.state import HeadState
@@ -29,34 +30,45 @@ from kbt_rl.inference.structures import LAYERWISE
 _ALIKE = 1e-9
 
 
-def shrinkage(state: HeadState, features: Tensor, cross_cov: Tensor) -> float:
+def shrinkage(state: HeadState, features: Tensor, cross_cov: Tensor, variances: Tensor) -> float:
     """The ``f`` that rows ``(B, d)`` need before they are learned jointly, 0 for none.
 
-    For several rows or outputs ``q`` is the smallest over all their linear combinations.
+    For several rows or outputs ``q`` is the smallest over all their linear combinations. That it is large enough is
+    asked of a Cholesky factorisation; how small it is otherwise, of the eigenvalues.
 
     Args:
         state: The posterior, of one or two layers.
         features: In the head's own units.
         cross_cov: ``Sigma g`` of all rows and outputs, ``(P, B o)``.
+        variances: Of the weights, ``(P,)``.
     """
     limit = state.least_quotient
     if limit == 0.0:
         return 0.0
     gradients = jacobian(state, features)
-    apart = gradients.mT @ (state.variances().double().unsqueeze(-1) * gradients)
+    apart = gradients.mT @ (variances.unsqueeze(-1) * gradients)
     together = gradients.mT @ cross_cov
+    together = 0.5 * (together + together.mT)
+    if int(torch.linalg.cholesky_ex(together - limit * apart).info) == 0:
+        return 0.0
     sizes, axes = torch.linalg.eigh(apart)
     known = sizes > _ALIKE * sizes[-1]
     if not bool(known.any()):
         return 0.0
     axes = axes[:, known] * sizes[known].rsqrt()
-    quotients = axes.mT @ (0.5 * (together + together.mT)) @ axes
-    quotient = float(torch.linalg.eigvalsh(quotients)[0])
+    quotient = float(torch.linalg.eigvalsh(axes.mT @ together @ axes)[0])
     return 0.0 if quotient >= limit else min((2.0 * limit - quotient) / (1.0 - quotient), 1.0)
 
 
 def jacobian(state: HeadState, features: Tensor) -> Tensor:
     """Derivative of the mean logits of rows ``(B, d)`` by the weights, ``(P, B o)``, as the update linearises it."""
+    if isinstance(state.engine, RowEngine):
+        return torch.from_numpy(state.engine.gradients(features.numpy())).mT
+    return general_jacobian(state, features)
+
+
+def general_jacobian(state: HeadState, features: Tensor) -> Tensor:
+    """``jacobian`` as it is defined, through PyTorch."""
     inputs = augment(features)  # (B, k)
     rows, outputs = len(inputs), state.spec.outputs
     eye = torch.eye(outputs, dtype=inputs.dtype, device=inputs.device)

@@ -49,9 +49,13 @@ def row_step(
     noise_cov: Tensor,
     belief: NoiseBelief | None = None,
     weights: Tensor | None = None,
+    passed: RowPass | None = None,
 ) -> RowStep:
-    """``increment`` for rows ``(B, d)`` and their targets ``(B, o)``, with the forward pass in machine code."""
-    row = engine.propagate(features)
+    """``increment`` for rows ``(B, d)`` and their targets ``(B, o)``, with the forward pass in machine code.
+
+    Uses ``passed`` up, which is that forward pass where it has been made.
+    """
+    row = engine.propagate(features) if passed is None else passed
     if target.size == 1 and belief is not None:
         return _judged_scalar_step(engine, row, float(target[0, 0]), belief)
     if rule.condition is measure and belief is None:

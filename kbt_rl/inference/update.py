@@ -8,6 +8,8 @@ a whole (``rows.learn_row``).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,10 +25,13 @@ from kbt_rl.inference.rows import row_step
 from kbt_rl.inference.state import HeadState
 from kbt_rl.inference.structures import LAYERWISE
 
+if TYPE_CHECKING:
+    from kbt_rl.inference.kernels.terms import RowPass
+
 # Rows of one exact joint update: the ReLU covariance has (rows x width)^2 entries.
 MAX_JOINT_ROWS = 32
 # Up to this rank machine code moves the covariance; from there on a matrix product is faster.
-_LARGEST_ROW_RANK = 12
+_MAX_ROW_RANK = {"joint": 8, "layer": 8, "neuron": 16, "diagonal": 32}
 
 
 def propagate(state: HeadState, features: Tensor) -> tuple[Gaussian, Tensor]:
@@ -75,13 +80,14 @@ def increment(
         UpdateError: The update would not be finite or would make a variance negative. Nothing has changed.
     """
     labels = features, target, rule, noise_cov, belief, weights
-    limit = state.least_quotient
-    forgotten = resolution.shrinkage(state, features, propagate(state, features)[1]) if limit else 0.0
+    limit, passed = state.least_quotient, _forward(state, features, target)
+    forgotten = resolution.shrinkage(state, features, *_covariances(state, passed)) if limit else 0.0
     while True:
         try:
             if forgotten == 0.0:
-                return _increment(state, *labels)
-            step = _increment(resolution.repaired(state, forgotten), *labels)
+                return _increment(state, passed, *labels)
+            repaired = resolution.repaired(state, forgotten)
+            step = _increment(repaired, _forward(repaired, features, target), *labels)
             return step._replace(correlation=1.0 - forgotten, info=step.info._replace(repairs=1 + step.info.repairs))
         except (NegativeVarianceError, NotPositiveDefiniteError):
             # The rows' own variance may be in order and their covariance with the weights not yet.
@@ -90,8 +96,24 @@ def increment(
             forgotten = min(max(2.0 * forgotten, limit), 1.0)
 
 
+def _forward(state: HeadState, features: Tensor, target: Tensor) -> RowPass | tuple[Gaussian, Tensor]:
+    """By machine code where it is made for so many labels, else ``propagate``."""
+    engine = state.engine
+    if engine is not None and engine.takes(*target.shape):
+        return engine.propagate(features.numpy())
+    return propagate(state, features)
+
+
+def _covariances(state: HeadState, passed: RowPass | tuple[Gaussian, Tensor]) -> tuple[Tensor, Tensor]:
+    """``Cov(w, u^L)``, ``(P, B o)``, and the variances of the weights, ``(P,)``."""
+    if len(passed) == 4:
+        return torch.from_numpy(passed[2]).mT, torch.from_numpy(passed[3])
+    return passed[1], state.variances().double()
+
+
 def _increment(
     state: HeadState,
+    passed: RowPass | tuple[Gaussian, Tensor],
     features: Tensor,
     target: Tensor,
     rule: OutputRule,
@@ -99,11 +121,12 @@ def _increment(
     belief: NoiseBelief | None,
     weights: Tensor | None,
 ) -> Increment:
-    """``increment`` of a posterior as it is."""
-    engine = state.engine
-    if engine is not None and engine.takes(*target.shape):
-        return row_step(engine, features.numpy(), target.numpy(), rule, noise_cov, belief, weights).as_increment()
-    output, cross_cov = propagate(state, features)
+    """``increment`` of a posterior as it is, after the forward pass, which is used up."""
+    if len(passed) == 4:
+        assert state.engine is not None
+        rows = features.numpy(), target.numpy()
+        return row_step(state.engine, *rows, rule, noise_cov, belief, weights, passed).as_increment()
+    output, cross_cov = passed
     step, info, noise = condition(output, target, rule, noise_cov, belief, weights)
     # One pass over the cross-covariance for the mean and the covariance.
     moves = cross_cov @ torch.cat([step.mean_step.unsqueeze(-1), step.cov_factor], dim=-1)
@@ -131,12 +154,17 @@ def check_fits(state: HeadState, step: Increment) -> None:
         )
 
 
+def is_moved_by_rows(state: HeadState, rank: int) -> bool:
+    """Whether machine code, where there is any, takes a step of this rank as fast as a matrix product."""
+    return rank <= _MAX_ROW_RANK[state.spec.structure]
+
+
 def apply(state: HeadState, step: Increment) -> None:
     """Move the posterior in place; an interrupt that arrives meanwhile is delivered afterwards.
 
     What has to be allocated is allocated before the first change.
     """
-    if len(step.signs) <= _LARGEST_ROW_RANK and state.engine is not None:
+    if is_moved_by_rows(state, len(step.signs)) and state.engine is not None:
         change = step.mean_step.numpy(), np.ascontiguousarray(step.cov_factor.mT.numpy()), step.signs.numpy()
         if step.correlation == 1.0:
             state.engine.commit(*change)

@@ -18,7 +18,7 @@ from kbt_rl.inference.kernels.neurons_update import learn_neurons
 from kbt_rl.inference.kernels.predicting import pair_form, predict
 from kbt_rl.inference.kernels.row import learn, propagate
 from kbt_rl.inference.kernels.step import commit, weight_step
-from kbt_rl.inference.kernels.units import unit_moments
+from kbt_rl.inference.kernels.units import gradients, unit_moments
 
 __all__ = [
     "act",
@@ -26,6 +26,7 @@ __all__ = [
     "commit",
     "commit_many",
     "enter_records",
+    "gradients",
     "learn",
     "learn_many",
     "learn_neurons",

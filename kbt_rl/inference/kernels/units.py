@@ -6,7 +6,7 @@ import numpy as np
 
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.relu import relu_unit
-from kbt_rl.inference.kernels.terms import Array, Shapes
+from kbt_rl.inference.kernels.terms import Array, Shapes, UnitMoments
 from kbt_rl.inference.kernels.vectors import dot
 
 
@@ -68,6 +68,29 @@ def unit_moments(mean: Array, first: Array, shapes: Shapes, inputs: Array) -> tu
                 logit += weights[j, p] * inputs[b, p]
             out_mean[j, b], variance[j, b], slope[j, b], curvature[j, b] = relu_unit(logit, spread[j])
     return out_mean, variance, slope, curvature
+
+
+@compiled
+def gradients(mean: Array, shapes: Shapes, inputs: Array, moments: UnitMoments, o: int) -> Array:
+    """Derivatives of the mean outputs by the weights for rows ``[z; 1]``, ``(B o, P)``; ``moments`` as in ``rows``."""
+    count, k = inputs.shape
+    out = np.zeros((count * o, mean.size))
+    for b in range(count):
+        for a in range(o):
+            row, at = out[b * o + a], a * k
+            if len(shapes) == 2:
+                n = shapes[0][0]
+                above = n * k + a * (n + 1)
+                for j in range(n):
+                    factor, at = mean[above + j] * moments[2][j, b], j * k
+                    for p in range(k):
+                        row[at + p] = factor * inputs[b, p]
+                    row[above + j] = moments[0][j, b]
+                row[above + n] = 1.0
+            else:
+                for p in range(k):
+                    row[at + p] = inputs[b, p]
+    return out
 
 
 @compiled
