@@ -240,7 +240,8 @@ class BayesianHead(Posterior):
                 engine.commit(row.mean_step, row.factor, row.signs)
                 memory.keep(row.noise)
                 memory.labels_seen += count
-                self._remember([row.as_increment()], before, count)
+                if before is not None:
+                    self._remember([row.as_increment()], before, count)
             return row.info
         successive = count > functional.MAX_JOINT_ROWS
         state = memory.state.clone() if successive else memory.state

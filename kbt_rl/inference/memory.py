@@ -124,9 +124,10 @@ class Memory:
 
     def weights(self) -> Tensor | None:
         """Squared scales of the outputs over their mean, ``(o,)``; None where they are equal."""
-        outputs = torch.as_tensor(self.outputs)
-        if len(outputs) == 1 or bool((outputs == outputs[0]).all()):
+        scales = self.outputs.tolist()
+        if min(scales) == max(scales):
             return None
+        outputs = torch.as_tensor(self.outputs)
         return outputs.square() / outputs.square().mean()
 
     def belief(self) -> NoiseBelief | None:

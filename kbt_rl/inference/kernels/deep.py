@@ -92,12 +92,11 @@ def _cross_cov(
                     below[a, p] *= slopes[depth - 1, p]
         jacobian = below
     for depth in range(layers):
-        _, k, per_row = shapes[depth]
-        own = slice(starts[depth], starts[depth + 1])
+        n, k, per_row = shapes[depth]
         if first.ndim == 1:
-            apply_triangle(covs[depth], k, per_row, gradients[:, own], out[:, own])
+            apply_triangle(covs[depth], n, k, per_row, starts[depth], gradients, out)
         else:
-            apply_neurons(covs[depth], gradients[:, own], out[:, own])
+            apply_neurons(covs[depth], starts[depth], gradients, out)
     if betweens[0].size > 0:
         pair = 0
         for above in range(layers):

@@ -27,19 +27,21 @@ def weigh_triangle(flat: Array, per_row: int, moments: Array, u_cov: Array, vari
 
 
 @compiled
-def apply_triangle(flat: Array, k: int, per_row: int, gradients: Array, out: Array) -> None:
-    """Add ``Sigma g`` to ``out`` for each row ``g`` of ``gradients``, ``(o, n k)``."""
-    n = gradients.shape[1] // k
-    start = 0
+def apply_triangle(flat: Array, n: int, k: int, per_row: int, start: int, gradients: Array, out: Array) -> None:
+    """Add ``Sigma g`` to ``out`` for each row ``g`` of ``gradients``, ``(o, P)``, from column ``start`` on.
+
+    Columns of a matrix, cut out, are to the compiler numbers anywhere in memory, and take six times as long.
+    """
+    at = 0
     for j in range(n):
         first = (j // per_row) * per_row
         before, width = first * k, min(first + per_row, n) * k
         for p in range(k):
-            row, r = flat[start : start + width], j * k + p
+            row, r = flat[at : at + width], start + j * k + p
             for a in range(gradients.shape[0]):
-                out[a, r] += dot(row, gradients[a, :width])
-                axpy(out[a, :before], gradients[a, r], row[:before])
-            start += width
+                out[a, r] += dot(row, gradients[a, start : start + width])
+                axpy(out[a, start : start + before], gradients[a, r], row[:before])
+            at += width
 
 
 @compiled
@@ -57,16 +59,17 @@ def weigh_neurons(cov: Array, moments: Array, u_cov: Array, variances: Array) ->
 
 
 @compiled
-def apply_neurons(cov: Array, gradients: Array, out: Array) -> None:
+def apply_neurons(cov: Array, start: int, gradients: Array, out: Array) -> None:
     """As ``apply_triangle``."""
     n, k = cov.shape[0], cov.shape[1]
     for a in range(gradients.shape[0]):
         for j in range(n):
+            at = start + j * k
             for p in range(k):
                 if cov.ndim == 3:
-                    out[a, j * k + p] += dot(cov[j, p], gradients[a, j * k : (j + 1) * k])
+                    out[a, at + p] += dot(cov[j, p], gradients[a, at : at + k])
                 else:
-                    out[a, j * k + p] += cov[j, p] * gradients[a, j * k + p]
+                    out[a, at + p] += cov[j, p] * gradients[a, at + p]
 
 
 @compiled

@@ -91,31 +91,33 @@ def two_layers_dense(
     for r in range(between.shape[0]):
         row_dots(between[r], inputs, n, projection, hidden + r)
         axpy(cross[r // (n + 1), :hidden], activation[r % (n + 1)], between[r])
-    shared = projection[:, hidden:]
-    _slope_rows(shared, slope)
-    out_mean, out_cov = add_outputs(weights, last, per_row_last, activation, z_cov, shared, cross, hidden, variances)
+    # Columns cut out of it would be to the compiler numbers anywhere in memory.
+    _slope_rows(projection, hidden, slope)
+    out_mean, out_cov = add_outputs(
+        weights, last, per_row_last, activation, z_cov, projection, hidden, cross, hidden, variances
+    )
     for j in range(o):
         for q in range(n):
             if coupled:
-                axpy(cross[j, hidden:], weights[j, q], shared[q])
+                axpy(cross[j, hidden:], weights[j, q], projection[q, hidden:])
             axpy(cross[j, :hidden], weights[j, q] * slope[q], projection[q, :hidden])
     return out_mean, out_cov, cross, variances
 
 
 @compiled
-def _slope_rows(shared: Array, slope: Array) -> None:
-    """From ``Cov(w^2, u_q)`` in row ``q`` to ``Cov(w^2, z_q)``, by Stein's lemma."""
+def _slope_rows(shared: Array, first: int, slope: Array) -> None:
+    """From ``Cov(w^2, u_q)`` in row ``q``, from column ``first`` on, to ``Cov(w^2, z_q)``, by Stein's lemma."""
     for q in range(shared.shape[0]):
-        for r in range(shared.shape[1]):
+        for r in range(first, shared.shape[1]):
             shared[q, r] *= slope[q]
 
 
 @compiled
 def add_outputs(
-    weights: Array, cov: Array, per_row: int, activation: Array, z_cov: Array, shared: Array,
+    weights: Array, cov: Array, per_row: int, activation: Array, z_cov: Array, shared: Array, first: int,
     cross: Array, start: int, variances: Array,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Mean and covariance of the last of two layers, for ``shared[q] = Cov(w^2, z_q)``, without entries if 0.
+    """Mean and covariance of the last of two layers, for ``shared[q, first:] = Cov(w^2, z_q)``, without entries if 0.
 
     On the way ``cross`` gets, from column ``start`` on, ``Sigma (I (x) z~)`` transposed, and ``variances`` the
     variances of the weights.
@@ -125,8 +127,8 @@ def add_outputs(
     out_mean = matvec(weights, activation)
     out_cov = _logits_cov(cross, activation, start)
     _add_input_part(out_cov, weights, cov, z_cov, per_row)
-    if shared.size > 0:
-        _add_coupled_part(out_mean, out_cov, weights, shared, activation)
+    if shared.shape[1] > first:
+        _add_coupled_part(out_mean, out_cov, weights, shared, first, activation)
     return out_mean, out_cov
 
 
@@ -153,21 +155,26 @@ def _add_input_part(out_cov: Array, weights: Array, cov: Array, z_cov: Array, pe
 
 
 @compiled
-def _add_coupled_part(out_mean: Array, out_cov: Array, weights: Array, shared: Array, activation: Array) -> None:
-    """Add what ``Cov(w_jp, z_q) = shared[q, j k + p]`` makes of mean and covariance (``joint._product_cov``)."""
+def _add_coupled_part(
+    out_mean: Array, out_cov: Array, weights: Array, shared: Array, first: int, activation: Array
+) -> None:
+    """Add what ``Cov(w_jp, z_q) = shared[q, first + j k + p]`` makes of the moments (``joint._product_cov``)."""
     o, k = weights.shape
     n = k - 1
-    one_sided = np.zeros((o, o))
+    one_sided, facing = np.zeros((o, o)), np.empty((n, n))
     for j in range(o):
+        own = first + j * k
         for q in range(n):
-            out_mean[j] += shared[q, j * k + q]
-            turned = dot(shared[q, j * k : (j + 1) * k], activation)
+            out_mean[j] += shared[q, own + q]
+            turned = dot(shared[q, own : own + k], activation)
             for i in range(o):
                 one_sided[j, i] += turned * weights[i, q]
     for j in range(o):
+        for p in range(n):
+            for q in range(n):
+                facing[p, q] = shared[q, first + j * k + p]
         for i in range(o):
-            both = 0.0
+            both, other = 0.0, first + i * k
             for p in range(n):
-                for q in range(n):
-                    both += shared[q, j * k + p] * shared[p, i * k + q]
+                both += dot(shared[p, other : other + n], facing[p])
             out_cov[j, i] += one_sided[j, i] + one_sided[i, j] + both

@@ -79,7 +79,9 @@ def _row_moments(
             shared[active[a], r] = slope[active[a]] * total
     weights = mean[n * k :].reshape(o, n + 1)
     cross, variances, start = np.empty((o, weights.size)), np.empty(weights.size), np.int64(0)
-    out_mean, out_cov = add_outputs(weights, cov, per_row, with_one(z_mean), z_cov, shared, cross, start, variances)
+    out_mean, out_cov = add_outputs(
+        weights, cov, per_row, with_one(z_mean), z_cov, shared, start, cross, start, variances
+    )
     return out_mean, out_cov
 
 
