@@ -246,21 +246,24 @@ def test_deeper_heads_equal_the_definition(
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("hidden_variance", [0.0, 0.1])
+@pytest.mark.parametrize(("outputs", "rule"), [(1, "measure"), (1, "replace"), (2, "measure")])
 def test_streams_and_predictions_of_deeper_heads_are_those_without_numba(
-    structure: str, hidden_variance: float, monkeypatch: pytest.MonkeyPatch
+    structure: str, hidden_variance: float, outputs: int, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = HeadConfig(structure=structure, layers=3, noise_variance=0.05, hidden_variance=hidden_variance)
+    options: dict[str, Any] = {"rule": rule, "structure": structure, "hidden_variance": hidden_variance}
+    config = HeadConfig(**options, layers=3, noise_variance=0.05)
     scales = {"feature_mean": randn(5, seed=1), "feature_scale": randn(5, seed=2).abs() + 0.5}
-    fast = BayesianHead.from_linear(nn.Linear(5, 2), config, **scales, target_scale=torch.tensor([2.0, 3.0]))
+    target_scale = torch.tensor([2.0, 3.0])[:outputs]
+    fast = BayesianHead.from_linear(nn.Linear(5, outputs), config, **scales, target_scale=target_scale)
     plain, probe = copy.deepcopy(fast), randn(3, 5, seed=6)
-    stream = list(zip(randn(20, 1, 5, seed=3), randn(20, 1, 2, seed=4), strict=True))
-    for row, label in stream:
-        fast.update(row, label)
+    stream = list(zip(randn(20, 1, 5, seed=3), randn(20, 1, outputs, seed=4), strict=True))
+    records = [fast.update(row, label) for row, label in stream]
     ours, acted = fast.predict(probe), fast(probe)
     monkeypatch.setattr(compiled, "kernels", lambda: None)
-    for row, label in stream:
-        plain.update(row, label)
+    for (row, label), record in zip(stream, records, strict=True):
+        assert record == pytest.approx(plain.update(row, label), rel=1e-7, abs=1e-12)
     assert plain.state.engine is None
+    assert int(fast.labels_seen) == int(plain.labels_seen) == 20
     for found, wanted in zip(ours, plain.predict(probe), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(acted, plain(probe), rtol=1e-8, atol=1e-12)

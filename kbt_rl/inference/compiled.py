@@ -56,11 +56,8 @@ class Engine(ABC):
     """Machine code bound to the memory of one posterior; one of the two below.
 
     Attributes:
-        propagates: Whether all of it serves this head; ``commit`` always does.
-        learns: Whether there is ``RowEngine.learn`` for it, if it has one output.
+        propagates: Whether all of it serves this head, ``learn`` if it has one output; ``commit`` always does.
     """
-
-    learns = False
 
     def __init__(self, state: HeadState, code: ModuleType) -> None:
         layers, cov = len(state.spec.shapes), [block.numpy() for block in state.cov]
@@ -94,6 +91,10 @@ class Engine(ABC):
             outputs: What the outputs are multiplied by, ``(o,)``.
             rows: As they come from the encoder.
         """
+
+    @abstractmethod
+    def learn(self, units: Units, features: Array, label: float, noise: float, replacing: bool) -> ScalarRecord:
+        """A whole update on one row and one label, in the head's ``units``, see ``kernels.learn``."""
 
     def measure(
         self, row: RowPass, target: Array, noise_cov: Array, weights: Array, lost: float
@@ -136,7 +137,7 @@ class RowEngine(Engine):
     def __init__(self, state: HeadState, code: ModuleType) -> None:
         super().__init__(state, code)
         spec = state.spec
-        self._least, self._outputs, self.learns = state.least_quotient, spec.outputs, self.propagates
+        self._least, self._outputs = state.least_quotient, spec.outputs
         columns = len(state.mean) if spec.structure == "joint" else spec.shapes[0].size
         two_dense = spec.structure in ("joint", "layer") and len(spec.shapes) == 2
         self._workspace = np.empty((spec.shapes[0].n, columns) if two_dense and spec.outputs > 1 else (0, 0))
@@ -203,24 +204,16 @@ class RowEngine(Engine):
             form = self._code.acting_form(*self._posterior)
         return form
 
-    def learn(
-        self,
-        units: Units,
-        features: Array,
-        label: float,
-        noise: float,
-        replacing: bool,
-    ) -> ScalarRecord:
-        """A whole update on one row and one label, in the head's ``units``, see ``kernels.learn``."""
+    def learn(self, units: Units, features: Array, label: float, noise: float, replacing: bool) -> ScalarRecord:
+        """See ``Engine``."""
         record: ScalarRecord = self._change(
-            self._code.learn, self._workspace, *units, features, label, noise, replacing,
-            self._kept, self._least,
-        )  # fmt: skip
+            self._code.learn, self._workspace, *units, features, label, noise, replacing, self._kept, self._least
+        )
         return record
 
 
 class DeepEngine(Engine):
-    """For heads of three layers or more; of several rows a joint update goes the general way."""
+    """For heads of three layers or more, in float64; of several rows a joint update goes the general way."""
 
     def __init__(self, state: HeadState, code: ModuleType) -> None:
         from kbt_rl.inference.kernels import deep
@@ -249,6 +242,11 @@ class DeepEngine(Engine):
         with plain_interrupts:
             moments = self._code.predict(*self._posterior, centre, scale, outputs, rows)
         return moments
+
+    def learn(self, units: Units, features: Array, label: float, noise: float, replacing: bool) -> ScalarRecord:
+        """See ``Engine``."""
+        record: ScalarRecord = self._change(self._code.learn, *units, features, label, noise, replacing, self._kept)
+        return record
 
 
 class RowActor:

@@ -76,7 +76,7 @@ class Memory:
         # The one call that learns a row keeps no increment that a history could take back.
         plain = not recorded and noise_model is None and spec.outputs == 1 and rule.condition in (measure, replace)
         engine = self.state.engine if plain else None
-        self._row_engine = engine if isinstance(engine, RowEngine) and engine.learns else None
+        self._row_engine = engine if engine is not None and engine.propagates else None
         cached = sum(block.numel() for block in self.state.cov) <= _CACHED_ENTRIES
         self._most_rows = math.inf if cached else _FEW_ROWS
         self._replacing = rule.condition is replace
@@ -225,8 +225,8 @@ def prepare(structure: str, layers: int, propagates: bool, dtype: torch.dtype) -
     if engine is not None and propagates:
         row_step(engine, np.zeros((1, 1)), np.zeros((1, 1)), RULES["measure"], torch.ones(1, 1, dtype=torch.float64))
         engine.predict(*units[:2], np.ones(1), np.zeros((1, 1)))
-    if isinstance(engine, RowEngine) and propagates:
         engine.learn(units, np.zeros(1), 0.0, 1.0, False)
+    if isinstance(engine, RowEngine) and propagates:
         actor = compiled.actor(acting_view(state))
         if actor is not None:
             actor(*units[:2], np.zeros((1, 1)))

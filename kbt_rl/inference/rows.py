@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kbt_rl.inference.compiled import Engine, RowEngine, Units
+from kbt_rl.inference.compiled import Engine, Units
 from kbt_rl.inference.conditioning import NoiseBelief, condition, huge_values_refused
 from kbt_rl.inference.density import LOG_TWO_PI, scalar_log_density
 from kbt_rl.inference.moments import Gaussian
@@ -122,7 +122,7 @@ def _judged_scalar_step(engine: Engine, row: RowPass, target: float, belief: Noi
 
 
 def learn_row(
-    engine: RowEngine, units: Units, features: Array, label: float, noise: float, replacing: bool
+    engine: Engine, units: Units, features: Array, label: float, noise: float, replacing: bool
 ) -> UpdateInfo | None:
     """A whole update by the rule ``measure`` or ``replace`` on one row and one output, in one call of machine code.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kbt_rl.inference.batch_record import BatchInfo
-from kbt_rl.inference.compiled import plain_interrupts
+from kbt_rl.inference.compiled import RowEngine, plain_interrupts
 from kbt_rl.inference.output import replace
 from kbt_rl.inference.pool import share
 from kbt_rl.inference.posterior import Posterior
@@ -94,7 +94,7 @@ class HeadStack:
     def serves(heads: Sequence[Posterior]) -> bool:
         """Whether there is machine code for heads of this kind; a history needs each head's own increments."""
         engine = heads[0].state.engine
-        ready = engine is not None and engine.learns and heads[0]._history is None
+        ready = isinstance(engine, RowEngine) and engine.propagates and heads[0]._history is None
         return ready and all(head.mean.device.type == "cpu" for head in heads)
 
     def __getitem__(self, name: str) -> Array:

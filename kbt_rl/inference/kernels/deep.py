@@ -1,4 +1,4 @@
-"""One row through heads of any depth, for those that are too deep for ``row``.
+"""One row through heads of any depth, and a whole update by it, for those that are too deep for ``row``.
 
 What ``joint``, ``smoother`` and ``structures`` define for any number of rows. The covariance of a layer is read once
 for ``Cov(u)``, as ``sum_pq Sigma_jp,iq (z~_p z~_q + Cov(z_p, z_q))``, and once for ``Cov(w, u^L)``, which is ``Sigma``
@@ -22,7 +22,9 @@ from kbt_rl.inference.kernels.deep_layer import (
 )
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.relu import relu_dense
-from kbt_rl.inference.kernels.terms import Array, RowPass, Shapes
+from kbt_rl.inference.kernels.step import is_moderate, scalar_step
+from kbt_rl.inference.kernels.terms import Array, RowPass, ScalarRecord, Shapes
+from kbt_rl.inference.kernels.units import in_units
 from kbt_rl.inference.kernels.vectors import axpy, copy, dot
 
 
@@ -186,3 +188,26 @@ def commit(
                 low = high
                 pair += 1
         start += n * k
+
+
+@compiled
+def learn(
+    mean: Array, covs: tuple[Array, ...], first: Array, betweens: tuple[Array, ...], shapes: Shapes,
+    centre: Array, scale: Array, labels_seen: Array,
+    features: Array, label: float, noise: float, replacing: bool, kept: float,
+) -> ScalarRecord:  # fmt: skip
+    """A whole update by a row and the label of one output, in one call; or nothing changes."""
+    inputs = in_units(centre, scale, features)
+    out_mean, out_cov, cross, variances = propagate(mean, covs, first, betweens, shapes, inputs[:-1])
+    moved, moves = np.empty(mean.size), np.empty((1, mean.size))
+    record, sign = scalar_step(
+        out_mean[0], out_cov[0, 0], cross[0], variances, label, noise, replacing, kept, moved, moves
+    )
+    if not is_moderate(record[1], label, inputs):
+        record = (record[0], record[1], record[2], 0.0)
+    if record[3] == 1.0:
+        signs = np.empty(1)
+        signs[0] = sign
+        commit(mean, covs, first, betweens, shapes, moved, moves, signs)
+        labels_seen[0] += 1
+    return record

@@ -9,10 +9,9 @@ from kbt_rl.inference.kernels.dense_scalar import two_layers_dense_scalar
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.neurons import linear_neurons, two_layers_neurons
 from kbt_rl.inference.kernels.neurons_update import learn_neurons
-from kbt_rl.inference.kernels.step import commit, scalar_step
-from kbt_rl.inference.kernels.terms import LARGEST, Array, RowPass, ScalarRecord, Shapes
+from kbt_rl.inference.kernels.step import commit, is_moderate, scalar_step
+from kbt_rl.inference.kernels.terms import Array, RowPass, ScalarRecord, Shapes
 from kbt_rl.inference.kernels.units import in_units, is_resolved
-from kbt_rl.inference.kernels.vectors import dot
 
 
 # numba compiles only the branch that the types leave: a triangle is flat, blocks of neurons are not.
@@ -50,8 +49,7 @@ def row_step(
     mean_out, variance, cross, variances = row[0][0], row[1][0, 0], row[2][0], row[3]
     resolved = least == 0.0 or is_resolved(mean, covs, first, shapes, inputs, cross, variances, least)
     record, sign = scalar_step(mean_out, variance, cross, variances, label, noise, replacing, kept, moved, moves)
-    moderate = variance <= LARGEST * LARGEST and abs(label) <= LARGEST and dot(inputs, inputs) <= LARGEST * LARGEST
-    if not (resolved and moderate):
+    if not (resolved and is_moderate(variance, label, inputs)):
         record = (record[0], record[1], record[2], 0.0)
     return record, sign
 

@@ -9,7 +9,7 @@ import numpy as np
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.neurons import downdate_neurons
 from kbt_rl.inference.kernels.terms import FARTHEST, LARGEST, Array, ScalarRecord, Shapes
-from kbt_rl.inference.kernels.vectors import axpy, normal, smallest_of, sum_of
+from kbt_rl.inference.kernels.vectors import axpy, dot, normal, smallest_of, sum_of
 
 
 @compiled
@@ -75,6 +75,13 @@ def scalar_step(
     near = error * error <= FARTHEST * FARTHEST * (variance + noise)
     done = near and inverted > 0.0 and smallest >= 0.0 and total - total == 0.0 and abs(step) <= LARGEST
     return (mean, variance, smallest, 1.0 if done else 0.0), math.copysign(1.0, change)
+
+
+@compiled
+def is_moderate(variance: float, label: float, inputs: Array) -> bool:
+    """Whether the general way would not refuse the size of the output's variance, the label or ``[z; 1]``."""
+    found: bool = variance <= LARGEST * LARGEST and abs(label) <= LARGEST and dot(inputs, inputs) <= LARGEST * LARGEST
+    return found
 
 
 @compiled
