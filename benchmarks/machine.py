@@ -1,8 +1,4 @@
-"""What this machine can do at best: bytes a second at a working set of a given size, and operations a second.
-
-The limit of an update follows: it has to read the covariance once to propagate, and to read and write it once to
-condition, whatever the arithmetic.
-"""
+"""What this machine can do at best: bytes a second at a working set of a given size, and operations a second."""
 
 from __future__ import annotations
 
@@ -35,9 +31,22 @@ def _rewrite(values: Array, scale: float) -> None:
 def _multiply_add(rounds: int) -> float:
     held = np.ones(64)
     for _ in range(rounds):
-        for i in range(64):
+        for i in range(64):  # a constant: what is held stays in registers
             held[i] = 0.999 * held[i] + 0.001
     return held.sum()
+
+
+@njit(fastmath=True)
+def _multiply_add_singles(rounds: int) -> float:
+    held = np.ones(128, np.float32)
+    for _ in range(rounds):
+        for i in range(128):
+            held[i] = np.float32(0.999) * held[i] + np.float32(0.001)
+    return held.sum()
+
+
+# How many numbers go through the registers in a round, by the precision that is computed in.
+_ARITHMETIC = {"float64": (_multiply_add, 64), "float32": (_multiply_add_singles, 128)}
 
 
 class Limits(NamedTuple):
@@ -52,18 +61,19 @@ class Limits(NamedTuple):
         return Limits(self.read_s / count, self.rewrite_s / count, self.flops * count)
 
 
-def limits(working_set: int, seconds: float = 0.05) -> Limits:
+def limits(working_set: int, computed_in: str = "float64", seconds: float = 0.05) -> Limits:
     """Measure at a working set of so many bytes.
 
     Args:
         working_set: Bytes that are gone through again and again; small ones stay in a cache.
+        computed_in: ``float64`` or ``float32``.
         seconds: For each measurement.
     """
     values = np.ones(max(working_set // 8, 64))
     read = _seconds(lambda: _read(values), seconds) / values.nbytes
     rewrite = _seconds(lambda: _rewrite(values, 0.999), seconds) / values.nbytes
-    rounds = 2_000
-    return Limits(read, rewrite, 2 * 64 * rounds / _seconds(lambda: _multiply_add(rounds), seconds))
+    (multiply_add, width), rounds = _ARITHMETIC[computed_in], 2_000
+    return Limits(read, rewrite, 2 * width * rounds / _seconds(lambda: multiply_add(rounds), seconds))
 
 
 def _seconds(call: Callable[[], object], seconds: float) -> float:
@@ -76,67 +86,3 @@ def _seconds(call: Callable[[], object], seconds: float) -> float:
         call()
         taken.append(time.perf_counter() - start)
     return float(np.quantile(taken, 0.25))
-
-
-class Work(NamedTuple):
-    """What one update on one row must move and compute.
-
-    Attributes:
-        stored_bytes: Size of the covariance: read once by the forward pass, read and written once by the commit.
-        flops: Multiplications and additions.
-    """
-
-    stored_bytes: int
-    flops: int
-
-    def of_heads(self, count: int) -> Work:
-        """That of so many heads."""
-        return Work(count * self.stored_bytes, count * self.flops)
-
-
-class Roofline(NamedTuple):
-    """What must be done, and what the machine did at a working set of that size in the same run."""
-
-    work: Work
-    machine: Limits
-
-    @property
-    def moving_us(self) -> float:
-        """Microseconds to read the covariance, and to read it again and write it."""
-        return 1e6 * self.work.stored_bytes * (self.machine.read_s + self.machine.rewrite_s)
-
-    @property
-    def computing_us(self) -> float:
-        """Microseconds to multiply and add."""
-        return 1e6 * self.work.flops / self.machine.flops
-
-    @property
-    def limit_us(self) -> float:
-        """The longer of the two."""
-        return max(self.moving_us, self.computing_us)
-
-
-def update_work(structure: str, shapes: tuple[tuple[int, int], ...], itemsize: int = 8) -> Work:
-    """Least work of an update on one row with one output.
-
-    Each stored entry is multiplied and added once to propagate and once to condition. A symmetric matrix of ``m`` rows
-    has ``m (m + 1) / 2`` entries to store, each of which stands for two in the product.
-
-    Args:
-        structure: ``joint``, ``layer``, ``neuron`` or ``diagonal``.
-        shapes: Neurons and inputs (bias included) of each layer.
-        itemsize: Bytes of a number.
-    """
-
-    def triangle(m: int) -> int:
-        return m * (m + 1) // 2
-
-    sizes = [n * k for n, k in shapes]
-    entries = {
-        "joint": triangle(sum(sizes)),
-        "layer": sum(triangle(size) for size in sizes),
-        "neuron": sum(n * triangle(k) for n, k in shapes),
-        "diagonal": sum(sizes),
-    }[structure]
-    products = entries if structure == "diagonal" else 2 * entries
-    return Work(itemsize * entries, 2 * products + 2 * entries)

@@ -25,9 +25,11 @@ _UPDATE = (
 # Fewer independent heads are bound by calls.
 _MANY = 256
 _ROOFLINE = (
-    "What limits are made of. The covariance is read once, and read and written once more, at what this machine does "
-    "at a working set of that size (*reads*, *rewrites*); each entry is multiplied and added in both, at what a core "
-    "does in its registers."
+    "What limits are made of: bytes that a call must read, and read and write back, at what this machine does at a "
+    "working set of that size (*reads*, *rewrites*), and operations at what a core does in its registers. An update "
+    "reads the covariance once, and reads and writes it once more, a block of up to 32 rows too; it multiplies and "
+    "adds each entry once a row to propagate and once a label to condition, in float64. A network's pass reads each "
+    "weight once."
 )
 
 
@@ -88,7 +90,7 @@ def _page(
         lines += _throughput(own) if group == INDEPENDENT else _times(own)
         if group == "width":
             lines += _growth(own)
-            lines += _rooflines(rows)
+    lines += _rooflines(rows)
     for task in dict.fromkeys(each.task for each in scores):
         own = [each for each in scores if each.task == task]
         seeds = sorted({each.seed for each in own})
@@ -123,24 +125,25 @@ def _times(rows: Sequence[Row]) -> list[str]:
 
 
 def _rooflines(rows: Sequence[Row]) -> list[str]:
-    """Bytes and operations of one row's update, and of many heads' in one call, against the machine."""
+    """Bytes and operations of calls on one thread, of many heads' in one call too, against the machine."""
     body = []
     for row in rows:
-        alone, many = row.group == "width", row.group == INDEPENDENT and row.rows >= _MANY
-        if row.roofline is None or row.threads > 1 or "loop" in row.name or not (alone or many):
+        many = row.group == INDEPENDENT
+        if row.roofline is None or row.threads > 1 or (many and ("loop" in row.name or row.rows < _MANY)):
             continue
-        (stored_bytes, flops), (read_s, rewrite_s, flops_s) = row.roofline
+        work, (read_s, rewrite_s, flops_s) = row.roofline
+        amounts = work.read_bytes / 1e3, work.rewritten_bytes / 1e3, work.flops / 1e3
         body.append(
             (
-                row.name if alone else f"{row.name.replace(', one call', '')} heads in one call, {row.dtype}",
-                *map(_number, (stored_bytes / 1e3, flops / 1e3, 1e-9 / read_s, 1e-9 / rewrite_s, flops_s / 1e9)),
+                f"{row.name.replace(', one call', '')} heads in one call, {row.dtype}" if many else row.name,
+                *map(_number, (*amounts, 1e-9 / read_s, 1e-9 / rewrite_s, flops_s / 1e9)),
                 *map(_number, (row.roofline.moving_us, row.roofline.computing_us, row.median_us)),
                 _number(row.median_us / row.limit_us, 2),
             )
         )
     heads = (
-        "call", "covariance, kB", "operations, thousands", "reads, GB/s", "rewrites, GB/s", "Gflop/s", "moving",
-        "computing", "median", "median / limit",
+        "call", "read, kB", "rewritten, kB", "operations, thousands", "reads, GB/s", "rewrites, GB/s", "Gflop/s",
+        "moving", "computing", "median", "median / limit",
     )  # fmt: skip
     return ["## Roofline", "", _ROOFLINE, "", *_table(heads, body)]
 

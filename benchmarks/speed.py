@@ -14,8 +14,9 @@ import torch
 
 import kbt_rl  # noqa: F401  registers the environments
 from benchmarks.clock import Timing, in_turns
-from benchmarks.machine import Roofline, limits, update_work
+from benchmarks.machine import limits
 from benchmarks.peers import STRUCTURES, JaxEKF
+from benchmarks.work import Roofline, Work, network_work, prediction_work, training_work, update_work
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.warm_start import WarmStart
@@ -24,11 +25,13 @@ from kbt_rl.experiments.timing import encode_by_pytorch
 from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.models.decision_transformer import DecisionTransformer
 
 _MEMORY = 20
 _WIDEST_JOINT = 222  # 3,997 weights
 # A head is there in the loop, in the batch, and once more while the batch stacks it.
 _COPIES, _MOST_BYTES = 3, 2 * 10**9
+_PAPER = "paper's head"
 INDEPENDENT = "independent heads"
 # See ``_fastest``.
 _ROUNDS = 5
@@ -107,33 +110,44 @@ def _updates(head: BayesianHead, rows: int = 1) -> Callable[[], Any]:
     return call
 
 
-def _roofline(head: BayesianHead, count: int = 1) -> Roofline:
-    """What it takes to update so many heads, on the machine as fast as it is at the moment."""
-    shapes = tuple((shape.n, shape.k) for shape in head.state.spec.shapes)
-    work = update_work(head.state.spec.structure, shapes, head.mean.itemsize).of_heads(count)
-    return Roofline(work, limits(work.stored_bytes))
+def _now(work: Work) -> Roofline:
+    """What must be done, on the machine as fast as it is at the moment."""
+    return Roofline(work, limits(work.working_set, work.computed_in))
 
 
-def _row(
-    group: str,
-    name: str,
-    timing: Timing,
-    head: BayesianHead | None = None,
-    rows: int = 1,
-    roofline: Roofline | None = None,
-) -> Row:
-    """A timed call; its roofline is measured where none is given and a formula is known."""
+def _shapes(head: BayesianHead) -> tuple[tuple[int, int], ...]:
+    return tuple((shape.n, shape.k) for shape in head.state.spec.shapes)
+
+
+def _update_work(head: BayesianHead, rows: int = 1) -> Work:
+    return update_work(head.state.spec.structure, _shapes(head), head.mean.itemsize, rows)
+
+
+def _encoder_weights(transformer: DecisionTransformer) -> int:
+    """Those that one token meets: it attends to itself, whatever the queries and keys."""
+    parts = [*transformer.embed_state.parameters(), *transformer.encoder.parameters()]
+    attention = [layer.self_attn for layer in transformer.encoder.layers]
+    idle = sum(2 * (each.in_proj_weight.numel() + each.in_proj_bias.numel()) // 3 for each in attention)
+    return sum(part.numel() for part in parts) - idle
+
+
+def _row(group: str, name: str, timing: Timing, roofline: Roofline | None = None) -> Row:
+    """A timed call that no head of its own belongs to."""
+    shape = (0,) * 4
     threads = torch.get_num_threads()
-    if head is None:
-        return Row(group, name, "", 0, 0, 0, 0, rows, 0, 0, timing.median_us, timing.p99_us, None, threads, "")
+    return Row(group, name, "", *shape, 1, 0, 0, timing.median_us, timing.p99_us, roofline, threads, "")
+
+
+def _head_row(
+    group: str, name: str, timing: Timing, head: BayesianHead, rows: int = 1, roofline: Roofline | None = None
+) -> Row:
+    """A timed update; its roofline is measured where none is given."""
     state = head.state
-    if roofline is None and rows == 1 and head.out_features == 1:
-        roofline = _roofline(head)
     layers = len(state.spec.shapes)
     return Row(
         group, name, state.spec.structure, head.in_features, state.spec.shapes[0].n if layers > 1 else 0, layers,
         head.out_features, rows, len(state.mean), sum(block.nbytes for block in state.cov), timing.median_us,
-        timing.p99_us, roofline, threads, head.config.dtype,
+        timing.p99_us, roofline or _now(_update_work(head, rows)), torch.get_num_threads(), head.config.dtype,
     )  # fmt: skip
 
 
@@ -185,17 +199,39 @@ def paper_head(seconds: float, threads: Sequence[int]) -> list[Row]:
         "update, EKF (JAX)": turn(lambda i: rival.update(inputs[i], labels[i])),
     }
     of = {f"update, {structure}": head for structure, head in heads.items()}
+    retraining = f"warm start {_MEMORY}, per sample"
+    works = _works(policy.head, plain.transformer, retraining, baseline)
 
     def time_one(count: int) -> list[Row]:
         torch.set_num_threads(count)
         try:
             timings = in_turns(calls, seconds / _ROUNDS)
-            timings[f"warm start {_MEMORY}, per sample"] = _retraining(baseline, contexts, seconds / _ROUNDS)
-            return [_row("paper's head", name, timing, of.get(name)) for name, timing in timings.items()]
+            timings[retraining] = _retraining(baseline, contexts, seconds / _ROUNDS)
+            return [
+                _head_row(_PAPER, name, timing, of[name])
+                if name in of
+                else _row(_PAPER, name, timing, _now(works[name]) if name in works else None)
+                for name, timing in timings.items()
+            ]
         finally:
             torch.set_num_threads(1)
 
     return _fastest(lambda: [row for count in threads for row in time_one(count)])
+
+
+def _works(
+    head: BayesianHead, transformer: DecisionTransformer, retraining: str, baseline: WarmStart
+) -> dict[str, Work]:
+    """What the calls beside the updates must do; to act is to encode and to ask the head."""
+    structure, weights = head.state.spec.structure, _encoder_weights(transformer)
+    trained = weights + sum(part.numel() for part in transformer.linear.parameters())
+    return {
+        **dict.fromkeys(("encoder", "encoder (PyTorch layers)"), network_work(weights)),
+        "head: mean": prediction_work(structure, _shapes(head), variance=False),
+        "head: mean and variance": prediction_work(structure, _shapes(head), variance=True),
+        "update, EKF (JAX)": update_work("joint", _shapes(head)),
+        retraining: training_work(trained, baseline.memory, baseline.epochs),
+    }
 
 
 def _retraining(baseline: WarmStart, contexts: list[Any], seconds: float) -> Timing:
@@ -236,7 +272,9 @@ def sweeps(seconds: float, largest: int) -> list[Row]:
     def time_all() -> list[Row]:
         # Alone, as a wide one would empty the caches of the others; and its limit right after it, in the same weather.
         return [
-            _row(name.split()[0], name, in_turns({name: _updates(head, rows)}, seconds / _ROUNDS)[name], head, rows)
+            _head_row(
+                name.split()[0], name, in_turns({name: _updates(head, rows)}, seconds / _ROUNDS)[name], head, rows
+            )
             for name, (head, rows) in cases.items()
         ]
 
@@ -276,11 +314,11 @@ def _fleet(head: BayesianHead, count: int, seconds: float) -> Callable[[], list[
 
     def time_all() -> list[Row]:
         timings = in_turns({str(way): call for way, call in ways.items()}, seconds / _ROUNDS, burst=1, warm_up=1)
-        (work, machine), rows = _roofline(head, count), []
+        (work, machine), rows = _now(_update_work(head).of_heads(count)), []
         for name, threads in ways:
             of = f"{head.state.spec.structure}, {head.in_features}-{head.config.width}-1, {count}, {name}"
             roofline = Roofline(work, machine.of_cores(threads))
-            row = _row(INDEPENDENT, of, timings[str((name, threads))], head, count, roofline)
+            row = _head_row(INDEPENDENT, of, timings[str((name, threads))], head, count, roofline)
             rows.append(row._replace(threads=threads))
         return rows
 
@@ -299,7 +337,7 @@ def samples_seen(seconds: float, total: int) -> list[Row]:
         first, new = int(head.labels_seen) + 1, head_of("neuron")
         timings = in_turns({"seen": call, "new": _updates(new)}, min(seconds, 0.5), warm_up=0)
         seen = int(head.labels_seen)
-        found.append(_row("samples seen", f"samples {first:,} to {seen:,}", timings["seen"], head))
-        found.append(_row("samples seen", "those of a new head, in turns", timings["new"], new))
+        found.append(_head_row("samples seen", f"samples {first:,} to {seen:,}", timings["seen"], head))
+        found.append(_head_row("samples seen", "those of a new head, in turns", timings["new"], new))
         mark = next(10**power for power in range(1, 10) if 10**power > seen)
     return found

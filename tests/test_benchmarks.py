@@ -9,20 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("numba", reason='the micro-benchmarks need numba: pip install "kbt_rl[fast]"')
 
 from benchmarks import accuracy, blocks, page
 from benchmarks.clock import in_turns
-from benchmarks.machine import Limits, Roofline, Work, update_work
+from benchmarks.machine import Limits
 from benchmarks.peers import STRUCTURES, Head, RankOne
-from benchmarks.speed import INDEPENDENT, Row, head_of
+from benchmarks.speed import INDEPENDENT, Row, _encoder_weights, head_of
+from benchmarks.work import Roofline, Work, network_work, prediction_work, training_work, update_work
+from kbt_rl.agents.kbt import KBT
 from kbt_rl.inference.config import HeadConfig
 
 
 def _roofline(limit_us: float) -> Roofline:
     """One whose moving takes so long, a third of it reading, and whose computing takes a tenth of that."""
-    return Roofline(Work(1000, 1000), Limits(limit_us / 3e9, limit_us / 1.5e9, 1e10 / limit_us))
+    return Roofline(Work(1000, 1000, 1000, 1000), Limits(limit_us / 3e9, limit_us / 1.5e9, 1e10 / limit_us))
 
 
 def _row(median_us: float, roofline: Roofline) -> Row:
@@ -40,15 +43,46 @@ def test_the_least_storage_is_what_the_head_needs(structure: str) -> None:
             block.fill_(1.0)
     kept = int(torch.triu(head.state.dense_cov()).count_nonzero())
     shapes = tuple((shape.n, shape.k) for shape in head.state.spec.shapes)
-    assert update_work(structure, shapes).stored_bytes == 8 * kept
+    assert update_work(structure, shapes).read_bytes == 8 * kept
+    assert prediction_work(structure, shapes, variance=True).read_bytes == 8 * (kept + len(head.state.mean))
 
 
 def test_the_limit_is_the_longer_of_moving_and_computing() -> None:
     work = update_work("diagonal", ((2, 3),))
-    assert work == (48, 24)
+    assert work == (48, 48, 48, 24, "float64")
     assert Roofline(work, Limits(1.0, 2.0, 1.0)).limit_us == 1e6 * 48 * 3.0
     assert Roofline(work, Limits(0.0, 0.0, 2.0)).limit_us == 1e6 * 12.0
     assert Roofline(work.of_heads(3), Limits(1.0, 2.0, 1.0).of_cores(2)).limit_us == 1e6 * 48 * 3.0 * 1.5
+
+
+def test_rows_and_outputs_need_more_arithmetic_but_a_block_of_rows_no_more_memory() -> None:
+    shapes = ((4, 3), (2, 5))  # 12 weights of hidden units and 10 of two outputs
+    one = update_work("joint", shapes)
+    assert one == (8 * 253, 8 * 253, 8 * 253, 2 * 22**2 + 2 * 2 * 253, "float64")  # two labels in a row
+    assert update_work("layer", shapes).flops == 2 * (12**2 + 10**2) + 2 * 2 * (78 + 55)
+    assert update_work("neuron", shapes).flops == 2 * (4 * 9 + 2 * 25) + 2 * (4 * 6 + 2 * 15)
+    full, longer = update_work("joint", shapes, rows=32), update_work("joint", shapes, rows=33)
+    assert full[:3] == one[:3]
+    assert (full.flops, longer.flops) == (32 * one.flops, 33 * one.flops)
+    assert longer[:3] == (one.working_set, 2 * one.read_bytes, 2 * one.rewritten_bytes)
+
+
+def test_the_encoder_counts_the_weights_that_one_token_meets() -> None:
+    """Counted by PyTorch: products with weights, without the biases and the scales of the normalisation."""
+    model = KBT(env="kbt_rl/InvertedPendulum-v0", seed=0)
+    policy = model.policy
+    with FlopCounterMode(display=False) as counter:
+        policy.encode(policy.start(np.zeros((1, 4), np.float32)))
+    transformer = policy.transformer
+    layers = transformer.encoder.layers
+    added = [transformer.embed_state.bias, *(p for n, p in layers.named_parameters() if "bias" in n or "norm" in n)]
+    idle = 2 * sum(layer.self_attn.in_proj_bias.numel() // 3 for layer in layers)
+    queried = sum(2 * layer.self_attn.in_proj_weight.numel() // 3 for layer in layers)  # projected and then dropped
+    weights = _encoder_weights(transformer)
+    products = weights - (sum(part.numel() for part in added) - idle)
+    assert counter.get_total_flops() == 2 * (products + queried)
+    assert network_work(weights) == (4 * weights, 4 * weights, 0, 2 * weights, "float32")
+    assert training_work(10, samples=20, epochs=100) == (160, 400, 800, 6000, "float32")
 
 
 def test_calls_take_turns() -> None:
@@ -156,13 +190,13 @@ def test_the_page_tells_what_could_not_run(tmp_path: Path) -> None:
         "| KBT joint | 0.1000 (0.100 to 0.100) | 0.9500 (0.950 to 0.950) | 0.8000 (0.800 to 0.800) | 13 | 1e-5 |"
         in text
     )
-    assert "| width 32, joint | 1 | 1 | 0.015 | 0.0075 | 0.05 | 200 | 20 | 300 | 1.5 |" in text
+    assert "| width 32, joint | 1 | 1 | 1 | 0.015 | 0.0075 | 0.05 | 200 | 20 | 300 | 1.5 |" in text
     assert (
-        "| joint, 16-32-1, 256 heads in one call, float64 | 1 | 1 | 0.015 | 0.0075 | 0.05 | 200 | 20 | 100 | 0.5 |"
+        "| joint, 16-32-1, 256 heads in one call, float64 | 1 | 1 | 1 | 0.015 | 0.0075 | 0.05 | 200 | 20 | 100 | 0.5 |"
         in text
     )
     record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert record["accuracy"][1]["seed"] == 1
-    assert record["speed"][0]["roofline"]["work"] == {"stored_bytes": 1000, "flops": 1000}
+    assert record["speed"][0]["roofline"]["work"] == Work(1000, 1000, 1000, 1000)._asdict()
     assert record["speed"][0]["limit_us"] == 200.0
     assert (tmp_path / "growth.png").stat().st_size > 1000
