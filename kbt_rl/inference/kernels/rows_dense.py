@@ -8,6 +8,7 @@ from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.pairs import add_block, relu_block
 from kbt_rl.inference.kernels.row_blocks import combine, gather, multiply
 from kbt_rl.inference.kernels.terms import Array, UnitMoments
+from kbt_rl.inference.kernels.vectors import dot
 
 
 @compiled
@@ -79,6 +80,7 @@ def hidden_dense(
                 for p in range(k):
                     gradients[b * o + j, i * k + p] = above[j, i] * slope[i, b] * inputs[b, p]
     combined, block = np.empty((count, n * k)), np.empty((count, count))
+    facing = np.zeros_like(pairs)  # what is added to pairs with its rows exchanged
     for j in range(n):
         start, width = starts[j], widths[j]
         rows = flat[start : start + k * width].reshape(k, width)
@@ -104,8 +106,10 @@ def hidden_dense(
                     add_block(pairs, pair, np.float64(above[a, j]) * above[e, i] + entry, block)
                     if i < j:
                         entry = last[begin + i * length + e * (n + 1) + j]
-                        add_block(pairs, pair, np.float64(above[a, i]) * above[e, j] + entry, block.T)
+                        add_block(facing, pair, np.float64(above[a, i]) * above[e, j] + entry, block)
                     pair += 1
+    for pair in range(pairs.shape[0]):
+        add_block(pairs, pair, 1.0, facing[pair].T)
 
 
 @compiled
@@ -140,16 +144,13 @@ def between_layers(
                 for q in range(n):
                     total += above[a, q] * shared[b, r, q]
                 cross[b * o + a, hidden + r] += total
-    one_sided = np.zeros((count, count, o, o))
-    for b in range(count):
-        for c in range(count):
-            for j in range(o):
-                for q in range(n):
-                    turned = 0.0  # Cov(w_j, z_cq) . z~_b
-                    for p in range(width):
-                        turned += activation[b, p] * shared[c, j * width + p, q]
-                    for i in range(o):
-                        one_sided[b, c, j, i] += turned * above[i, q]
+    one_sided, turned = np.zeros((count, count, o, o)), np.empty((count, n))
+    for c in range(count):
+        for j in range(o):
+            combine(shared[c, j * width : (j + 1) * width], activation, turned)  # Cov(w_j, z_c) . z~_b
+            for b in range(count):
+                for i in range(o):
+                    one_sided[b, c, j, i] = dot(turned[b], above[i, :n])
     facing = np.empty((n, n))
     for c in range(count):
         pair = 0
@@ -159,9 +160,6 @@ def between_layers(
                     facing[q, p] = shared[c, j * width + p, q]
             for i in range(j + 1):
                 for b in range(count):
-                    both = 0.0
-                    for q in range(n):
-                        for p in range(n):
-                            both += facing[q, p] * shared[b, i * width + q, p]
+                    both = dot(shared[b, i * width : i * width + n].reshape(n * n), facing.reshape(n * n))
                     pairs[pair, b, c] += one_sided[b, c, j, i] + one_sided[c, b, i, j] + both
                 pair += 1
