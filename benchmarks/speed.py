@@ -31,7 +31,7 @@ _MEMORY = 20
 _WIDEST_JOINT = 222  # 3,997 weights
 # A head is there in the loop, in the batch, and once more while the batch stacks it.
 _COPIES, _MOST_BYTES = 3, 2 * 10**9
-_PAPER = "paper's head"
+_PAPER, _RETRAINING = "paper's head", f"warm start {_MEMORY}, per sample"
 INDEPENDENT = "independent heads"
 # See ``_fastest``.
 _ROUNDS = 5
@@ -133,9 +133,8 @@ def _encoder_weights(transformer: DecisionTransformer) -> int:
 
 def _row(group: str, name: str, timing: Timing, roofline: Roofline | None = None) -> Row:
     """A timed call that no head of its own belongs to."""
-    shape = (0,) * 4
     threads = torch.get_num_threads()
-    return Row(group, name, "", *shape, 1, 0, 0, timing.median_us, timing.p99_us, roofline, threads, "")
+    return Row(group, name, "", 0, 0, 0, 0, 1, 0, 0, timing.median_us, timing.p99_us, roofline, threads, "")
 
 
 def _head_row(
@@ -199,14 +198,13 @@ def paper_head(seconds: float, threads: Sequence[int]) -> list[Row]:
         "update, EKF (JAX)": turn(lambda i: rival.update(inputs[i], labels[i])),
     }
     of = {f"update, {structure}": head for structure, head in heads.items()}
-    retraining = f"warm start {_MEMORY}, per sample"
-    works = _works(policy.head, plain.transformer, retraining, baseline)
+    works = _works(policy.head, plain.transformer, baseline)
 
     def time_one(count: int) -> list[Row]:
         torch.set_num_threads(count)
         try:
             timings = in_turns(calls, seconds / _ROUNDS)
-            timings[retraining] = _retraining(baseline, contexts, seconds / _ROUNDS)
+            timings[_RETRAINING] = _retraining(baseline, contexts, seconds / _ROUNDS)
             return [
                 _head_row(_PAPER, name, timing, of[name])
                 if name in of
@@ -219,9 +217,7 @@ def paper_head(seconds: float, threads: Sequence[int]) -> list[Row]:
     return _fastest(lambda: [row for count in threads for row in time_one(count)])
 
 
-def _works(
-    head: BayesianHead, transformer: DecisionTransformer, retraining: str, baseline: WarmStart
-) -> dict[str, Work]:
+def _works(head: BayesianHead, transformer: DecisionTransformer, baseline: WarmStart) -> dict[str, Work]:
     """What the calls beside the updates must do; to act is to encode and to ask the head."""
     structure, weights = head.state.spec.structure, _encoder_weights(transformer)
     trained = weights + sum(part.numel() for part in transformer.linear.parameters())
@@ -230,7 +226,7 @@ def _works(
         "head: mean": prediction_work(structure, _shapes(head), variance=False),
         "head: mean and variance": prediction_work(structure, _shapes(head), variance=True),
         "update, EKF (JAX)": update_work("joint", _shapes(head)),
-        retraining: training_work(trained, baseline.memory, baseline.epochs),
+        _RETRAINING: training_work(trained, baseline.memory, baseline.epochs),
     }
 
 

@@ -99,13 +99,16 @@ def update_work(structure: str, shapes: Shapes, itemsize: int = 8, rows: int = 1
 
 
 def prediction_work(structure: str, shapes: Shapes, *, variance: bool) -> Work:
-    """Least work of the mean of one row, or of its mean and variance, by a head in float64."""
+    """Least work of the mean of one row, or of its mean and variance, by a head in float64.
+
+    A variance is a quadratic form, of which two entries that mirror each other are one.
+    """
     weights = sum(n * k for n, k in shapes)
     if not variance:
         return Work(8 * weights, 8 * weights, 0, 2 * weights)
-    entries, products = _entries(structure, shapes)
+    entries, _ = _entries(structure, shapes)
     stored = 8 * (weights + entries)
-    return Work(stored, stored, 0, 2 * weights + 2 * products)
+    return Work(stored, stored, 0, 2 * weights + 2 * entries)
 
 
 def network_work(weights: int) -> Work:

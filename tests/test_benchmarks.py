@@ -44,7 +44,9 @@ def test_the_least_storage_is_what_the_head_needs(structure: str) -> None:
     kept = int(torch.triu(head.state.dense_cov()).count_nonzero())
     shapes = tuple((shape.n, shape.k) for shape in head.state.spec.shapes)
     assert update_work(structure, shapes).read_bytes == 8 * kept
-    assert prediction_work(structure, shapes, variance=True).read_bytes == 8 * (kept + len(head.state.mean))
+    predicted = prediction_work(structure, shapes, variance=True)
+    assert predicted.read_bytes == 8 * (kept + len(head.state.mean))
+    assert predicted.flops == 2 * (kept + len(head.state.mean))
 
 
 def test_the_limit_is_the_longer_of_moving_and_computing() -> None:

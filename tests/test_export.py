@@ -129,7 +129,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "model.zip", "truncated or no safetensors file")
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     assert_refused(tmp_path / "a.safetensors", r"no policy of kbt_rl: its header lacks \['fingerprint'")
-    assert_refused(tmp_path / "missing", "there is no file", FileNotFoundError)
+    assert_refused(
+        tmp_path / "missing", r"there is no file \S*/missing or \S*/missing\.safetensors;", FileNotFoundError
+    )
+    assert_refused(tmp_path / "missing.safetensors", r"there is no file \S*/missing\.safetensors;", FileNotFoundError)
 
 
 def other_version(path: Path) -> Path:

@@ -191,10 +191,11 @@ def _with_suffix(path: str | Path) -> Path:
 
 
 def _existing(path: str | Path) -> Path:
-    for candidate in (Path(path), Path(f"{path}.safetensors")):
+    candidates = dict.fromkeys((Path(path), _with_suffix(path)))
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"there is no file {path} or {path}.safetensors; save_safetensors writes one")
+    raise FileNotFoundError(f"there is no file {' or '.join(map(str, candidates))}; save_safetensors writes one")
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

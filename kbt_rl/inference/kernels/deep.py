@@ -22,7 +22,7 @@ from kbt_rl.inference.kernels.deep_layer import (
 )
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.relu import relu_dense
-from kbt_rl.inference.kernels.step import is_moderate, scalar_step
+from kbt_rl.inference.kernels.step import scalar_step
 from kbt_rl.inference.kernels.terms import Array, RowPass, ScalarRecord, Shapes
 from kbt_rl.inference.kernels.units import in_units
 from kbt_rl.inference.kernels.vectors import axpy, copy, dot
@@ -199,15 +199,12 @@ def learn(
     """A whole update by a row and the label of one output, in one call; or nothing changes."""
     inputs = in_units(centre, scale, features)
     out_mean, out_cov, cross, variances = propagate(mean, covs, first, betweens, shapes, inputs[:-1])
-    moved, moves = np.empty(mean.size), np.empty((1, mean.size))
-    record, sign = scalar_step(
-        out_mean[0], out_cov[0, 0], cross[0], variances, label, noise, replacing, kept, moved, moves
-    )
-    if not is_moderate(record[1], label, inputs):
-        record = (record[0], record[1], record[2], 0.0)
+    moved, moves, signs = np.empty(mean.size), np.empty((1, mean.size)), np.empty(1)
+    record: ScalarRecord = scalar_step(
+        out_mean[0], out_cov[0, 0], cross[0], variances, inputs, label, noise, replacing, kept, True, moved, moves,
+        signs,
+    )  # fmt: skip
     if record[3] == 1.0:
-        signs = np.empty(1)
-        signs[0] = sign
         commit(mean, covs, first, betweens, shapes, moved, moves, signs)
         labels_seen[0] += 1
     return record

@@ -41,8 +41,7 @@ def learn_many(
     each step is taken at once. ``records`` ``(R, 4)`` receives a ``ScalarRecord`` of each.
     """
     weights = means.shape[1]
-    workspace, signs = np.empty(workspace_shape), np.empty(1)
-    step = np.empty(2 * weights + 1)
+    workspace, step = np.empty(workspace_shape), np.empty(2 * weights + 1)
     for r in range(heads.size):
         h = heads[r]
         own = _layers_of(covs, h)
@@ -50,13 +49,13 @@ def learn_many(
             step = plan[r]
         moved, moves = step[:weights], step[weights : 2 * weights].reshape(1, weights)
         inputs = in_units(centres[h], scales[h], features[h])
-        record, sign = row_step(
+        signs = step[2 * weights :]
+        record = row_step(
             means[h], own, own[0], between[h], shapes, workspace, inputs, labels[h], noises[h], replacing, kept,
-            least, moved, moves,
+            least, moved, moves, signs,
         )  # fmt: skip
         for i in range(4):
             records[r, i] = record[i]
-        step[2 * weights] = signs[0] = sign
         if plan.size == 0 and record[3] == 1.0:
             commit(means[h], own, own[0], between[h], shapes, moved, moves, signs)
             labels_seen[h] += 1

@@ -9,7 +9,7 @@ from kbt_rl.inference.kernels.dense_scalar import two_layers_dense_scalar
 from kbt_rl.inference.kernels.jit import compiled
 from kbt_rl.inference.kernels.neurons import linear_neurons, two_layers_neurons
 from kbt_rl.inference.kernels.neurons_update import learn_neurons
-from kbt_rl.inference.kernels.step import commit, is_moderate, scalar_step
+from kbt_rl.inference.kernels.step import commit, scalar_step
 from kbt_rl.inference.kernels.terms import Array, RowPass, ScalarRecord, Shapes
 from kbt_rl.inference.kernels.units import in_units, is_resolved
 
@@ -41,17 +41,17 @@ def propagate(
 def row_step(
     mean: Array, covs: tuple[Array, ...], first: Array, between: Array, shapes: Shapes, workspace: Array,
     inputs: Array, label: float, noise: float, replacing: bool, kept: float, least: float,
-    moved: Array, moves: Array,
-) -> tuple[ScalarRecord, float]:  # fmt: skip
+    moved: Array, moves: Array, signs: Array,
+) -> ScalarRecord:  # fmt: skip
     """Everything of an update of one output that can be refused, see ``scalar_step``; ``inputs`` is ``[z; 1]``."""
     outputs = shapes[len(shapes) - 1][0]
     row = propagate(mean, covs, first, between, shapes, workspace, inputs[:-1], outputs)
     mean_out, variance, cross, variances = row[0][0], row[1][0, 0], row[2][0], row[3]
     resolved = least == 0.0 or is_resolved(mean, covs, first, shapes, inputs, cross, variances, least)
-    record, sign = scalar_step(mean_out, variance, cross, variances, label, noise, replacing, kept, moved, moves)
-    if not (resolved and is_moderate(variance, label, inputs)):
-        record = (record[0], record[1], record[2], 0.0)
-    return record, sign
+    record: ScalarRecord = scalar_step(
+        mean_out, variance, cross, variances, inputs, label, noise, replacing, kept, resolved, moved, moves, signs
+    )
+    return record
 
 
 @compiled
@@ -74,14 +74,12 @@ def learn(
             features.reshape(1, centre.size), one, np.full(1, noise), replacing, kept, least, np.empty((0, 0)), records,
         )  # fmt: skip
         return records[0, 0], records[0, 1], records[0, 2], records[0, 3]
-    moved, moves = np.empty(mean.size), np.empty((1, mean.size))
-    record, sign = row_step(
+    moved, moves, signs = np.empty(mean.size), np.empty((1, mean.size)), np.empty(1)
+    record = row_step(
         mean, covs, first, between, shapes, workspace, in_units(centre, scale, features), label, noise, replacing, kept,
-        least, moved, moves,
+        least, moved, moves, signs,
     )  # fmt: skip
     if record[3] == 1.0:
-        signs = np.empty(1)
-        signs[0] = sign
         commit(mean, covs, first, between, shapes, moved, moves, signs)
         labels_seen[0] += 1
     return record

@@ -39,9 +39,9 @@ def weight_step(
 
 @compiled
 def scalar_step(
-    mean: float, variance: float, cross: Array, variances: Array, label: float, noise: float, replacing: bool,
-    kept: float, moved: Array, moves: Array,
-) -> tuple[ScalarRecord, float]:  # fmt: skip
+    mean: float, variance: float, cross: Array, variances: Array, inputs: Array, label: float, noise: float,
+    replacing: bool, kept: float, resolved: bool, moved: Array, moves: Array, signs: Array,
+) -> ScalarRecord:  # fmt: skip
     """``output.measure`` or ``output.replace`` and ``weight_step`` for one output.
 
     Args:
@@ -49,15 +49,18 @@ def scalar_step(
         variance: Of the output.
         cross: ``Cov(w, u)``, ``(P,)``.
         variances: Of the weights before, ``(P,)``; afterwards ``kept`` times that plus the change.
+        inputs: ``[z; 1]``; the general way refuses large ones.
         label: In the head's own units.
         noise: Variance of the label.
         replacing: Whether the rule is ``replace``.
         kept: See ``record.kept``.
+        resolved: Whether the posterior needs no repair before this step.
         moved: Receives ``X dm``, ``(P,)``.
         moves: Receives ``(X F)'``, ``(1, P)``.
+        signs: Receives the sign of ``dC``, ``(1,)``.
 
     Returns:
-        The record, whose ``done`` says whether the step may be taken, and the sign of ``dC``.
+        The record, whose ``done`` says whether the step may be taken.
     """
     inverted = variance if replacing else variance + noise
     # dC = S^-1 (Sigma_data - S) S^-1 for `replace`, -(S + R)^-1 for `measure`.
@@ -73,15 +76,18 @@ def scalar_step(
     # One sum finds any NaN or infinity; inf - inf is NaN.
     total = step + gain * gain + variance
     near = error * error <= FARTHEST * FARTHEST * (variance + noise)
-    done = near and inverted > 0.0 and smallest >= 0.0 and total - total == 0.0 and abs(step) <= LARGEST
-    return (mean, variance, smallest, 1.0 if done else 0.0), math.copysign(1.0, change)
-
-
-@compiled
-def is_moderate(variance: float, label: float, inputs: Array) -> bool:
-    """Whether the general way would not refuse the size of the output's variance, the label or ``[z; 1]``."""
-    found: bool = variance <= LARGEST * LARGEST and abs(label) <= LARGEST and dot(inputs, inputs) <= LARGEST * LARGEST
-    return found
+    moderate = variance <= LARGEST * LARGEST and abs(label) <= LARGEST and dot(inputs, inputs) <= LARGEST * LARGEST
+    done = (
+        resolved
+        and moderate
+        and near
+        and inverted > 0.0
+        and smallest >= 0.0
+        and total - total == 0.0
+        and abs(step) <= LARGEST
+    )
+    signs[0] = math.copysign(1.0, change)
+    return mean, variance, smallest, 1.0 if done else 0.0
 
 
 @compiled
