@@ -15,10 +15,10 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 reproduce: $(STAMP)  ## The paper's experiment: table, figures, TensorBoard runs in results/
-	$(BIN)/kbt-rl reproduce
+	$(BIN)/python -m studies reproduce --full
 
 quick: $(STAMP)  ## The same in a small version
-	$(BIN)/kbt-rl reproduce --quick
+	$(BIN)/python -m studies reproduce --quick
 
 bench: $(STAMP)  ## Speed, growth and accuracy beside public peers in results/bench
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[dev,bench]"

@@ -7,18 +7,48 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import accuracy, blocks, page, speed
-from kbt_rl.experiments.config import PRETRAINING
-from kbt_rl.experiments.learners import pretrain, pretrained_path
+from benchmarks import accuracy, blocks, layers, page, rows, speed
+from kbt_rl.agents.warm_start import WarmStart
+from studies.methods import kbt
+from studies.runner import Store, make_policy
+from studies.tasks import TASKS
+from studies.trial import PRETRAINING, Setting, Source
+
+
+class Found(NamedTuple):
+    """What has been measured so far.
+
+    Attributes:
+        rows: Times.
+        scores: Accuracy.
+        compared: Blocks of rows.
+        missing: Why rivals could not run, by name.
+    """
+
+    rows: list[rows.Row]
+    scores: list[accuracy.Score]
+    compared: list[blocks.BlockRow]
+    missing: dict[str, str]
+
+    def score(self, make: Callable[[int], accuracy.Task], seed: int) -> None:
+        """Let all learners learn a task."""
+        task = make(seed)
+        chosen = accuracy.choose(task)
+        scores, missing = accuracy.score(task, seed, chosen)
+        ablated = accuracy.ablation(task, seed, chosen)
+        self.scores.extend([*scores, *(each._replace(task=f"{task.name}: ablation") for each in ablated)])
+        self.missing.update(missing)
+        self.compared.extend(blocks.compare(task, seed, chosen))
 
 
 @dataclass
@@ -34,60 +64,64 @@ class Bench:
     """Short measurements, one seed, narrow heads; for a look."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of the toys and of the pendulum's labels."""
+    only: str = ""
+    """Run the parts whose name has this in it."""
 
     def run(self, console: Console) -> Path:
-        """Run all parts with a progress bar."""
-        rows: list[speed.Row] = []
-        scores: list[accuracy.Score] = []
-        missing: dict[str, str] = {}
-        compared: list[blocks.BlockRow] = []
-        seconds, seeds = (0.2, self.seeds[:1]) if self.quick else (3.0, self.seeds)
-        parts: list[tuple[str, Callable[[], Any]]] = []
-        threads = (1,) if self.quick else (1, 2)
-        parts.append(("paper's head", lambda: rows.extend(speed.paper_head(seconds, threads))))
-        largest = 128 if self.quick else 1024
-        parts.append(("sweeps", lambda: rows.extend(speed.sweeps(seconds / 6, largest))))
-        fleet = 64 if self.quick else 4096
-        parts.append((speed.INDEPENDENT, lambda: rows.extend(speed.independent_heads(seconds / 3, fleet))))
-        parts.append(("samples seen", lambda: rows.extend(speed.samples_seen(seconds, 10**4 if self.quick else 10**6))))
-        for seed in seeds:
-            tasks = {
-                "toy, in span": lambda s=seed: accuracy.toy(s, in_span=True),
-                "toy, out of span": lambda s=seed: accuracy.toy(s, in_span=False),
-                "pendulum": lambda s=seed: _pendulum(self.out, s),
-            }
-            for name, make in tasks.items():
-                part = f"{name}, seed {seed}", lambda m=make, s=seed: _score(m(), s, scores, missing, compared)
-                parts.append(part)
+        """Run all parts with a progress bar, write what there is after each, and return the page's path."""
+        found = Found([], [], [], {})
+        parts = {name: part for name, part in self._parts(found).items() if self.only in name}
+        if not parts:
+            raise SystemExit(f"--only {self.only!r} is in no name; there are {', '.join(self._parts(found))}")
+        about = _about()
         torch.set_num_threads(1)
         with Progress(console=console) as progress:
             bar = progress.add_task("benchmarks", total=len(parts))
-            for name, part in parts:
+            for name, part in parts.items():
                 progress.update(bar, description=name)
                 part()
+                written = page.write(
+                    self.out, found.rows, found.scores, found.compared, {**about, "missing": found.missing}
+                )
                 progress.advance(bar)
-        written = page.write(self.out, rows, scores, compared, {**_about(), "missing": missing})
         console.print(f"results in {written}")
         return written
 
+    def _parts(self, found: Found) -> dict[str, Callable[[], None]]:
+        seconds = 0.15 if self.quick else 1.5
+
+        def beside(measured: tuple[list[rows.Row], dict[str, str]]) -> None:
+            found.rows.extend(measured[0])
+            found.missing.update(measured[1])
+
+        parts: dict[str, Callable[[], None]] = {
+            speed.PAPER: lambda: beside(speed.paper_head(seconds)),
+            "shared layer": lambda: beside(layers.shared_layer(seconds, self.quick)),
+            "classes": lambda: found.rows.extend(layers.classes(seconds, self.quick)),
+            "every layer": lambda: found.rows.extend(layers.every_layer(seconds)),
+            "sweeps": lambda: found.rows.extend(speed.sweeps(seconds / 3, 64 if self.quick else 1024)),
+            speed.INDEPENDENT: lambda: found.rows.extend(
+                speed.independent_heads(seconds / 3, 64 if self.quick else 4096)
+            ),
+            "samples seen": lambda: found.rows.extend(speed.samples_seen(seconds / 3, 10**4 if self.quick else 10**6)),
+        }
+        for seed in self.seeds[:1] if self.quick else self.seeds:
+            tasks = {
+                "toy, in span": lambda s: accuracy.toy(s, in_span=True),
+                "toy, out of span": lambda s: accuracy.toy(s, in_span=False),
+                "pendulum": lambda s: _pendulum(self.out, s),
+            }
+            for name, make in tasks.items():
+                parts[f"{name}, seed {seed}"] = partial(found.score, make, seed)
+        return parts
+
 
 def _pendulum(out: Path, seed: int) -> accuracy.Task:
-    return accuracy.pendulum(pretrain(1000, PRETRAINING, pretrained_path(1000, PRETRAINING, out / "models")), seed)
-
-
-def _score(
-    task: accuracy.Task,
-    seed: int,
-    scores: list[accuracy.Score],
-    missing: dict[str, str],
-    compared: list[blocks.BlockRow],
-) -> None:
-    chosen = accuracy.choose(task)
-    found, not_run = accuracy.score(task, seed, chosen)
-    ablated = accuracy.ablation(task, seed, chosen)
-    scores += [*found, *(each._replace(task=f"{task.name}: ablation") for each in ablated)]
-    missing.update(not_run)
-    compared += blocks.compare(task, seed, chosen)
+    source, store = Source("shifted", 1000, PRETRAINING), Store(out, out / "models")
+    if store.policy(source) is None:
+        store.keep_policy(source, make_policy(source))
+    policy = WarmStart.load(out / "models" / source.name)
+    return accuracy.pendulum(kbt(Setting(TASKS["shifted"], policy), skip="none"), seed)
 
 
 def _about() -> dict[str, Any]:

@@ -21,17 +21,18 @@ from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import lqr_gain
 from kbt_rl.agents.prior_choice import prior_grid
 from kbt_rl.envs.plant import LABEL_BOX, SHIFTED
-from kbt_rl.experiments.aggregate import Z95
-from kbt_rl.experiments.learners import features_of
-from kbt_rl.experiments.simulation import expert_force
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.evidence import sequential_log_density
+from studies.pendulum import Pendulum
+from studies.statistics import Z95
 
 Array = npt.NDArray[np.float64]
 
 # Samples that a learner takes in a row before the next one's turn, so that all see the machine as fast.
 _TURN = 10
-CANDIDATES = prior_grid(hidden=(1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2), last=(0.1, 1.0), rhos=(0.0, 0.9))
+CANDIDATES = prior_grid(
+    HeadConfig(layers=2), hidden=(1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2), last=(0.1, 1.0), rhos=(0.0, 0.9)
+)
 
 
 class Task(NamedTuple):
@@ -90,9 +91,12 @@ def pendulum(model: KBT, seed: int, samples: int = 400, held_out: int = 1_000, n
     """Features of a pre-trained encoder, standardised; labels of the shifted plant's expert in units of 10 N."""
     rng, box = np.random.default_rng([seed, 17]), np.asarray(LABEL_BOX)
     states = rng.uniform(-box, box, (samples + held_out, 4)).astype(np.float32)
-    features = features_of(model.policy, states).double()
-    rows = model.policy.head.standardise(features).numpy()
-    labels = (expert_force(SHIFTED)(states) + noise_sd * rng.standard_normal(len(states))) / 10.0
+    features = model.policy.encode(model.policy.start(states)).double()
+    head = model.policy.head
+    rows = ((features - head.feature_mean) / head.feature_scale).numpy()
+    labels = (
+        SHIFTED.max_force * Pendulum().expert().label(states)[:, 0] + noise_sd * rng.standard_normal(len(states))
+    ) / 10.0
     return Task(
         "pendulum", rows[:samples], labels[:samples], rows[samples:], labels[samples:], (noise_sd / 10.0) ** 2
     )  # fmt: skip
@@ -117,7 +121,7 @@ def score(task: Task, seed: int, chosen: HeadConfig) -> tuple[list[Score], dict[
     for name, make in peers(task.features.shape[1], task.noise, chosen).items():
         try:
             learners[name] = make()
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # a shared library that is not there is either
             missing[name] = str(error)
     priors = {
         name: _prior(learner.head.config)
@@ -131,7 +135,7 @@ def ablation(task: Task, seed: int, chosen: HeadConfig) -> list[Score]:
     """The head with one part at a time taken away or changed."""
     variants = {
         "chosen prior": chosen,
-        "default prior": HeadConfig(),
+        "default prior": HeadConfig(layers=2),
         "independent prior (rho 0)": replace(chosen, rho=0.0),
         "layers independent": replace(chosen, structure="layer"),
         "one term of the ReLU series": replace(chosen, relu_order=1),
@@ -142,8 +146,10 @@ def ablation(task: Task, seed: int, chosen: HeadConfig) -> list[Score]:
 
 
 def _prior(config: HeadConfig) -> str:
+    """Variances and rho; those of ``HeadConfig`` where they are left to it."""
     rho = 0.99 if config.rho is None else config.rho
-    return f"{config.hidden_variance:g}, {config.last_variance:g}, {rho:g}"
+    last = 1.0 if config.last_variance is None else config.last_variance
+    return f"{config.hidden_variance:g}, {last:g}, {rho:g}"
 
 
 def _scores(task: Task, seed: int, learners: Mapping[str, Peer], priors: Mapping[str, str]) -> list[Score]:

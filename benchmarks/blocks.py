@@ -1,4 +1,4 @@
-"""What it costs in accuracy to learn a long batch in successive blocks instead of in one exact joint update.
+"""What it costs in accuracy to learn rows in successive blocks instead of in one exact joint update.
 
 With one layer there is no difference: conditioning on all rows at once or on one after another is the same. With a ReLU
 between, the moments are propagated through the posterior of the moment, so the order and the blocks matter a little.
@@ -6,17 +6,16 @@ between, the moments are propagated through the posterior of the moment, so the 
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.accuracy import Task
+from benchmarks.peers import Head
 from kbt_rl.inference.config import HeadConfig
-from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.update import apply, increment
+from kbt_rl.inference.head import MAX_JOINT_ROWS
 
-BLOCKS = (1, 8, 32)
+BLOCKS = (1, 8)
 
 
 class BlockRow(NamedTuple):
@@ -41,23 +40,19 @@ class BlockRow(NamedTuple):
     sd_ratio: float
 
 
-def compare(task: Task, seed: int, config: HeadConfig, rows: int = 128) -> list[BlockRow]:
+def compare(task: Task, seed: int, config: HeadConfig, rows: int = MAX_JOINT_ROWS) -> list[BlockRow]:
     """Learn the first ``rows`` of a task jointly, and in blocks of each size of ``BLOCKS``."""
-    torch.manual_seed(seed)
-    start = BayesianHead.from_linear(torch.nn.Linear(task.features.shape[1], 1), config)
-    start.set_noise(task.noise)
     features, labels = torch.from_numpy(task.features[:rows]), torch.from_numpy(task.labels[:rows, None])
-    held_out = torch.from_numpy(task.test_features)
+    held_out, wanted = torch.from_numpy(task.test_features), torch.from_numpy(task.test_labels)
     found, joint = [], None
     for block in (rows, *BLOCKS):
-        head = copy.deepcopy(start)
-        state = head.state
+        head = Head(features.shape[1], task.noise, config).head
         for inputs, targets in zip(features.split(block), labels.split(block), strict=True):
-            apply(state, increment(state, head.standardise(inputs), targets, head.rule, head.noise_cov))
-        mean, variance, _ = (part.flatten() for part in head.predict(held_out))
-        sd = variance.sqrt()
+            head.update(inputs, targets)
+        predicted = head.predict(held_out)
+        mean, sd = predicted.mean.flatten(), predicted.epistemic.flatten().sqrt()
         joint = (mean, sd) if joint is None else joint
-        error = float((torch.from_numpy(task.test_labels) - mean).square().mean().sqrt())
+        error = float((wanted - mean).square().mean().sqrt())
         difference = float(((mean - joint[0]) / joint[1]).square().mean().sqrt())
         found.append(BlockRow(task.name, seed, rows, block, error, difference, float((sd / joint[1]).mean())))
     return found

@@ -35,27 +35,24 @@ def in_turns(
 
     Args:
         calls: What to time, by name.
-        seconds: For each.
+        seconds: For each. One that takes so long is called twice, of which the second counts.
         burst: Calls in a row; the caches are then as in a loop of this call, but for its first.
         warm_up: Calls of each that are not counted.
     """
-    for call in calls.values():
-        for _ in range(warm_up):
-            call()
+    budget = 1e9 * seconds
+    bursts = {name: _warmed(call, budget, burst, warm_up) for name, call in calls.items()}
     taken: dict[str, list[int]] = {name: [] for name in calls}
-    left = dict.fromkeys(calls, 1000000000.0 * seconds)
+    left = dict.fromkeys(calls, budget)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while any(budget > 0 for budget in left.values()):
+        while any(rest > 0 for rest in left.values()):
             for name, call in calls.items():
                 if left[name] <= 0:
                     continue
-                for _ in range(burst):
-                    start = time.perf_counter_ns()
-                    call()
-                    taken[name].append(time.perf_counter_ns() - start)
-                left[name] -= sum(taken[name][-burst:])
+                times = [_nanoseconds(call) for _ in range(bursts[name])]
+                taken[name] += times
+                left[name] -= sum(times)
                 if len(taken[name]) >= 20_000:
                     left[name] = 0.0
             gc.collect(0)
@@ -63,6 +60,23 @@ def in_turns(
         if collecting:
             gc.enable()
     return {name: _summary(each) for name, each in taken.items()}
+
+
+def _warmed(call: Callable[[], Any], budget: float, burst: int, warm_up: int) -> int:
+    """Warm a call up; returns how many calls of it, at most ``burst``, are within the budget."""
+    spent = last = 0
+    for _ in range(warm_up):
+        last = _nanoseconds(call)
+        spent += last
+        if spent > budget:
+            break
+    return max(1, min(burst, int(budget / max(last, 1))))
+
+
+def _nanoseconds(call: Callable[[], Any]) -> int:
+    start = time.perf_counter_ns()
+    call()
+    return time.perf_counter_ns() - start
 
 
 def _summary(nanoseconds: list[int]) -> Timing:

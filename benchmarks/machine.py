@@ -56,12 +56,8 @@ class Limits(NamedTuple):
     rewrite_s: float
     flops: float
 
-    def of_cores(self, count: int) -> Limits:
-        """What so many cores would do if each had a memory of its own."""
-        return Limits(self.read_s / count, self.rewrite_s / count, self.flops * count)
 
-
-def limits(working_set: int, computed_in: str = "float64", seconds: float = 0.05) -> Limits:
+def limits(working_set: int, computed_in: str = "float64", seconds: float = 0.02) -> Limits:
     """Measure at a working set of so many bytes.
 
     Args:

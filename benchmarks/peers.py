@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from kbt_rl.experiments.ekf import EKFHead
-from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.config import HeadConfig, StructureName
 from kbt_rl.inference.head import BayesianHead
 
 Array = npt.NDArray[np.float64]
@@ -32,12 +31,10 @@ class Peer(Protocol):
 
 
 class Head:
-    """The head of this library, or the EKF on the same head."""
+    """The head of this library."""
 
-    def __init__(
-        self, features: int, noise: float, config: HeadConfig, kind: type[BayesianHead] = BayesianHead
-    ) -> None:
-        self.head = kind(features, 1, config)
+    def __init__(self, features: int, noise: float, config: HeadConfig) -> None:
+        self.head = BayesianHead(features, 1, config)
         self.head.reset(torch.zeros(1, features), torch.zeros(1))
         self.head.set_noise(noise)
 
@@ -240,18 +237,18 @@ def peers(features: int, noise: float, chosen: HeadConfig) -> dict[str, Callable
 
     def jax_same_start() -> Peer:
         head = Head(features, noise, ekf).head
-        return JaxEKF(features, noise, start=(head.mean.numpy().copy(), head.state.dense_cov().numpy()))
+        return JaxEKF(features, noise, start=(head.mean.numpy().copy(), head.covariance().numpy()))
 
     def tagi_same_start() -> Peer:
         head = _head(features, noise, replace(chosen, structure="diagonal"))().head
-        return Tagi(features, noise, start=(head.mean.numpy(), head.state.dense_cov().diagonal().numpy()))
+        return Tagi(features, noise, start=(head.mean.numpy(), head.covariance().diagonal().numpy()))
 
     return {
         **{f"KBT {each}": _head(features, noise, replace(chosen, structure=each)) for each in STRUCTURES},
         "KBT L = 1": _head(features, noise, replace(chosen, layers=1)),
         "exact linear regression (NumPy)": lambda: RankOne(features, noise),
         "Bayesian linear regression (river)": lambda: River(features, noise),
-        "EKF, same start (NumPy)": lambda: Head(features, noise, ekf, EKFHead),
+        "KBT joint, linearised": lambda: Head(features, noise, replace(ekf, propagation="linearised")),
         "EKF, same start (JAX)": jax_same_start,
         "EKF, random start (JAX)": lambda: JaxEKF(features, noise),
         "TAGI, same start (pytagi)": tagi_same_start,
@@ -260,7 +257,7 @@ def peers(features: int, noise: float, chosen: HeadConfig) -> dict[str, Callable
     }
 
 
-STRUCTURES = ("joint", "layer", "neuron", "diagonal")
+STRUCTURES: tuple[StructureName, ...] = ("joint", "layer", "neuron", "diagonal")
 
 
 def _head(features: int, noise: float, config: HeadConfig) -> Callable[[], Head]:

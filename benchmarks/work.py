@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks.machine import Limits
-from kbt_rl.inference.update import MAX_JOINT_ROWS
+from kbt_rl.inference.head import MAX_JOINT_ROWS
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -32,8 +32,9 @@ class Work(NamedTuple):
     computed_in: str = "float64"
 
     def of_heads(self, count: int) -> Work:
-        """That of so many heads."""
-        return Work(*(count * part for part in self[:4]), self.computed_in)
+        """The work of so many heads."""
+        working_set, read, rewritten, flops = (count * part for part in self[:4])
+        return Work(working_set, read, rewritten, flops, self.computed_in)
 
 
 class Roofline(NamedTuple):
@@ -73,12 +74,14 @@ def _entries(structure: str, shapes: Shapes) -> tuple[int, int]:
         "layer": [(1, size) for size in sizes],
         "neuron": list(shapes),
         "diagonal": [(size, 1) for size in sizes],
+        "rotated": [(size, 1) for size in sizes],
+        "shared": [(1, shapes[-1][1])],
     }[structure]
     return sum(n * _triangle(k) for n, k in matrices), sum(n * k * k for n, k in matrices)
 
 
-def update_work(structure: str, shapes: Shapes, itemsize: int = 8, rows: int = 1) -> Work:
-    """Least work of an update.
+def update_work(structure: str, shapes: Shapes, rows: int = 1) -> Work:
+    """Least work of an update in float64.
 
     Rows go in blocks that are learned jointly, and a block comes by the covariance twice. A row meets each entry once
     to propagate, whatever the number of outputs: those share the covariance of weights and hidden units. To condition,
@@ -86,16 +89,18 @@ def update_work(structure: str, shapes: Shapes, itemsize: int = 8, rows: int = 1
     weights by one in the space of the rows' inputs.
 
     Args:
-        structure: ``joint``, ``layer``, ``neuron`` or ``diagonal``.
+        structure: ``joint``, ``layer``, ``neuron`` or ``diagonal``; for one layer also ``shared`` and ``rotated``.
         shapes: Neurons and inputs (bias included) of each layer.
-        itemsize: Bytes of a number.
         rows: Of features, with a label for each output.
     """
     entries, products = _entries(structure, shapes)
     blocks = -(-rows // MAX_JOINT_ROWS)
     rank = rows * shapes[-1][0] if structure in ("joint", "layer") else rows
-    stored = itemsize * entries
-    return Work(stored, blocks * stored, blocks * stored, 2 * rows * products + 2 * rank * entries)
+    stored = 8 * entries
+    # The rows are turned into the basis, which is read only.
+    basis = (shapes[0][1] - 1) ** 2 if structure == "rotated" else 0
+    flops = 2 * rows * (products + basis) + 2 * rank * entries
+    return Work(stored + 8 * basis, blocks * stored + 8 * basis, blocks * stored, flops)
 
 
 def prediction_work(structure: str, shapes: Shapes, *, variance: bool) -> Work:

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from kbt_rl.inference.batch import HeadBatch
     from kbt_rl.inference.config import HeadConfig
     from kbt_rl.inference.head import BayesianHead
+    from kbt_rl.inference.linearised import LinearisedHead
     from kbt_rl.models.decision_transformer import DecisionTransformerConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KBT",
@@ -42,6 +43,7 @@ __all__ = [
     "InvertedPendulumParams",
     "KalmanAdapter",
     "LQRExpert",
+    "LinearisedHead",
     "OnlineAdapter",
     "Sample",
     "SelfTuningLQR",
@@ -60,6 +62,7 @@ _MODULE_OF = {
     "InvertedPendulumParams": "kbt_rl.envs",
     "KalmanAdapter": "kbt_rl.callbacks",
     "LQRExpert": "kbt_rl.agents.lqr",
+    "LinearisedHead": "kbt_rl.inference.linearised",
     "OnlineAdapter": "kbt_rl.callbacks",
     "Sample": "kbt_rl.agents.sample",
     "SelfTuningLQR": "kbt_rl.agents.identification",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any, TypeVar
 
 import gymnasium as gym
@@ -13,6 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kbt_rl import KBT, DecisionTransformerConfig, DecisionTransformerPolicy, LQRExpert, Sample, WarmStart
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
@@ -98,6 +100,18 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
         for name, value in before.items()
         if value.dtype != after[name].dtype or not torch.equal(value, after[name])
     }
+
+
+def events(folder: Path) -> EventAccumulator:
+    """What was written to the only TensorBoard run in ``folder``."""
+    (run,) = folder.iterdir()
+    accumulator = EventAccumulator(str(run))
+    accumulator.Reload()
+    return accumulator
+
+
+def curve(accumulator: EventAccumulator, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in accumulator.Scalars(tag)}
 
 
 class Recorder(BaseCallback):

@@ -7,7 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import gymnasium as gym
@@ -90,67 +90,129 @@ def test_version_is_that_of_the_project() -> None:
 
 # --- directions -------------------------------------------------------------------------------------------------------
 
-LOWEST = {"inference", "models", "envs"}
-FORBIDDEN = {
-    "inference": {"kbt_rl.models", "kbt_rl.envs"},
-    "models": {"kbt_rl.inference", "kbt_rl.envs"},
-    "envs": {"kbt_rl.inference", "kbt_rl.models", "torch"},
-    "agents": {"kbt_rl.callbacks", "kbt_rl.experiments", "kbt_rl.cli"},
-    "callbacks": {"kbt_rl.experiments", "kbt_rl.cli"},
-    "experiments": {"kbt_rl.cli"},
+# What modules of a folder may import besides the standard library and themselves.
+ALLOWED = {
+    "inference": {"torch", "numpy", "scipy"},
+    "models": {"torch", "numpy"},
+    "envs": {"numpy", "gymnasium", "pygame"},
+    "agents": {"kbt_rl.inference", "kbt_rl.models", "kbt_rl.envs", "kbt_rl.files"},
+    "callbacks": {"kbt_rl.inference", "kbt_rl.models", "kbt_rl.envs", "kbt_rl.agents"},
 }
-ABOVE_LOWEST = {"stable_baselines3", "kbt_rl.agents", "kbt_rl.callbacks", "kbt_rl.experiments", "kbt_rl.cli"}
-EXCEPTIONS = {("envs/sb3_vec_env.py", "stable_baselines3")}
+# Folders whose packages are not listed: anything but the folders above them.
+ANY_PACKAGE = {"agents", "callbacks"}
+EXCEPTIONS = {
+    "envs/sb3_vec_env.py": {"stable_baselines3"},
+    "envs/video.py": {"kbt_rl.files", "PIL"},
+    "inference/machine_code.py": {"numba"},
+    "inference/kernels/": {"numba"},
+}
+MODULES = {
+    ".".join(["kbt_rl", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
-def imported_modules(source: str, package: str) -> Iterator[str]:
-    """Every module that ``source`` imports, at any depth, relative ones made absolute; names count as submodules."""
-    for node in ast.walk(ast.parse(source)):
+def imported(tree: ast.AST, package: str, modules: Collection[str]) -> set[str]:
+    """Every module that is imported at any depth, for types alone aside; relative ones made absolute.
+
+    ``from package import name`` is an import of ``package.name`` if that is a module, else of ``package``.
+    """
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")
             base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= names & set(modules) or {module}
+        else:
+            found |= imported(node, package, modules)
+    return found
 
 
-def violations(source: str, path: str) -> list[str]:
-    """Imports of the module at ``path``, relative to the package, that point the wrong way."""
+def imports_of(name: str, source: str, modules: Collection[str], *, is_package: bool = False) -> set[str]:
+    return imported(ast.parse(source), name if is_package else name.rpartition(".")[0], modules)
+
+
+def violations(name: str, imports: set[str]) -> set[str]:
+    """Imports of a module that point the wrong way."""
+    path = "/".join(name.split(".")[1:]) + ".py"
     folder = path.split("/")[0]
-    forbidden = FORBIDDEN[folder] | (ABOVE_LOWEST if folder in LOWEST else set())
-    package = ".".join(["kbt_rl", *path.split("/")[:-1]])
-    modules = set(imported_modules(source, package))
-    found = {bad for bad in forbidden for module in modules if module == bad or module.startswith(f"{bad}.")}
-    return sorted(bad for bad in found if (path, bad) not in EXCEPTIONS)
+    if folder not in ALLOWED:
+        return set()
+    allowed = ALLOWED[folder] | {f"kbt_rl.{folder}"} | sys.stdlib_module_names
+    allowed |= {part for prefix, parts in EXCEPTIONS.items() if path.startswith(prefix) for part in parts}
+
+    def fits(module: str) -> bool:
+        own = module.split(".")[0] == "kbt_rl"
+        return any(module == good or module.startswith(f"{good}.") for good in allowed) or (
+            folder in ANY_PACKAGE and not own
+        )
+
+    return {module for module in imports if not fits(module)}
 
 
-MODULES = sorted(
-    path.relative_to(PACKAGE).as_posix() for folder in FORBIDDEN for path in PACKAGE.glob(f"{folder}/**/*.py")
-)
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules of which each imports every other, in some steps."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [start]
+        while ahead:
+            for module in graph.get(ahead.pop(), set()) - seen:
+                seen.add(module)
+                ahead.append(module)
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    found = [{other for other in reach[module] if module in reach.get(other, set())} for module in graph]
+    return [circle for index, circle in enumerate(found) if circle and circle not in found[:index]]
 
 
-@pytest.mark.parametrize("path", MODULES)
-def test_imports_point_one_way(path: str) -> None:
-    assert violations((PACKAGE / path).read_text(), path) == []
+GRAPH = {
+    name: imports_of(name, path.read_text(encoding="utf-8"), MODULES, is_package=path.name == "__init__.py")
+    for name, path in MODULES.items()
+}
 
 
-def test_every_layer_is_looked_at() -> None:
-    assert {path.split("/")[0] for path in MODULES} >= {"inference", "models", "envs", "agents", "callbacks"}
+def test_imports_point_one_way() -> None:
+    assert {name.split(".")[1] for name in MODULES if name.count(".") > 1} >= ALLOWED.keys()
+    assert {name: wrong for name, found in GRAPH.items() if (wrong := violations(name, found))} == {}
+
+
+def test_no_modules_import_each_other() -> None:
+    """Not in any folder nor between them, at any depth of a function."""
+    assert circles(GRAPH) == []
 
 
 @pytest.mark.parametrize(
-    ("path", "source"),
+    ("name", "source"),
     [
-        ("inference/head.py", "from stable_baselines3.common import policies"),
-        ("models/x.py", "def f():\n    import kbt_rl.inference.head"),
-        ("envs/x.py", "from ..models import decision_transformer"),
-        ("envs/x.py", "from .. import models"),
-        ("agents/x.py", "from kbt_rl import callbacks"),
-        ("callbacks/x.py", "from kbt_rl.experiments.trials import run"),
-        ("experiments/x.py", "import kbt_rl.cli"),
+        ("kbt_rl.inference.head", "from stable_baselines3.common import policies"),
+        ("kbt_rl.inference.head", "import numba"),
+        ("kbt_rl.inference.x", "from kbt_rl.files import write_text"),
+        ("kbt_rl.models.x", "def f():\n    import kbt_rl.inference.head"),
+        ("kbt_rl.envs.x", "from ..models import decision_transformer"),
+        ("kbt_rl.envs.x", "if True:\n    from .. import models"),
+        ("kbt_rl.agents.x", "from kbt_rl import callbacks"),
+        ("kbt_rl.callbacks.x", "try:\n    import kbt_rl.cli\nexcept ImportError:\n    pass"),
     ],
 )
-def test_wrong_directions_are_found(path: str, source: str) -> None:
-    assert violations(source, path)
+def test_wrong_directions_are_found(name: str, source: str) -> None:
+    assert violations(name, imports_of(name, source, MODULES))
+
+
+def test_circles_are_found() -> None:
+    sources = {
+        "kbt_rl.a": "from kbt_rl import b",
+        "kbt_rl.b": "def f():\n    from .c import g",
+        "kbt_rl.c": "import kbt_rl.a",
+        "kbt_rl.d": "import kbt_rl.a\nif TYPE_CHECKING:\n    from kbt_rl import e",
+        "kbt_rl.e": "import kbt_rl.d",
+    }
+    graph = {name: imports_of(name, source, sources) for name, source in sources.items()}
+    assert circles(graph) == [{"kbt_rl.a", "kbt_rl.b", "kbt_rl.c"}]

@@ -6,6 +6,7 @@ output becomes an action, what the context remembers of it, which labels are val
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from kbt_rl.inference.memory import as_array
-from kbt_rl.inference.output import Link, are_distributions
+from kbt_rl.inference.checks import SUM_TOLERANCE, are_distributions, as_array
+from kbt_rl.inference.likelihoods import Link
 
 Array = npt.NDArray[Any]
 
@@ -124,12 +125,15 @@ class DiscreteActions(ActionFormat):
             return self._one_hot(np.atleast_1d(values))
         rows = np.atleast_2d(np.asarray(values, dtype=np.float64))
         if rows.shape[-1] == self.size:
-            wrong = ~are_distributions(rows) & ~np.isnan(rows).any(axis=-1)
+            tolerance = _tolerance(target, self.size)
+            wrong = ~are_distributions(rows, tolerance) & ~np.isnan(rows).any(axis=-1)
             if wrong.any():
                 raise ValueError(
                     f"target row {rows[np.flatnonzero(wrong)[0]]} is no distribution over {self.size} actions: entries "
                     "must be >= 0 and sum to 1; pass whole numbers for actions"
                 )
+            if tolerance > SUM_TOLERANCE:  # of a short dtype
+                rows = np.where(np.isnan(rows), rows, rows / np.nansum(rows, axis=-1, keepdims=True))
         return rows
 
     def loss(self, outputs: Tensor, target: Tensor, scale: Tensor) -> Tensor:
@@ -145,6 +149,16 @@ class DiscreteActions(ActionFormat):
             )
         rows: npt.NDArray[np.float64] = np.eye(self.size)[index]
         return rows
+
+
+def _tolerance(target: Any, size: int) -> float:
+    """How far the sum of a distribution may be from 1 in the dtype that it came in."""
+    eps = 0.0
+    if isinstance(target, Tensor):
+        eps = torch.finfo(target.dtype).eps if target.is_floating_point() else 0.0
+    elif np.asarray(target).dtype.kind == "f":
+        eps = float(np.finfo(np.asarray(target).dtype).eps)
+    return max(SUM_TOLERANCE, 4.0 * eps * math.sqrt(size))
 
 
 def action_format(space: spaces.Space[Any]) -> ActionFormat:

@@ -32,25 +32,27 @@ class KBTInfo(LearnerInfo):
             (one less a label with discrete actions, whose probabilities sum to 1).
         epistemic_variance: From the weights.
         predictive_variance: From the weights and the label noise.
-        smallest_variance: Smallest variance of a weight after the update, in the head's own units.
         repairs: Times a covariance was repaired, see ``inference.UpdateInfo``.
         label_weight: What the labels counted for where wild ones are expected (``HeadConfig.robust_dof``).
         log_density: Logarithm of the predictive density of the labels before the update, all entries of all rows
             jointly, in nats, with labels in action units. With discrete actions the log probability of the labels. Its
             mean over a stream, with the sign changed and over the labels, is the negative log predictive density.
+        dof: Degrees of freedom of the predictive Student's t distribution; infinite where it is Gaussian.
+        log_ratio: With discrete actions, what ``LogLossCusum`` sums; NaN else.
     """
 
     nis: float = float("nan")
     epistemic_variance: float = float("nan")
     predictive_variance: float = float("nan")
-    smallest_variance: float = float("nan")
     repairs: int = 0
     label_weight: float = 1.0
     log_density: float = float("nan")
+    dof: float = float("inf")
+    log_ratio: float = float("nan")
 
 
 class KBT(OnlineAlgorithm):
-    """Kalman Bayesian Transformer as an SB3 algorithm (arXiv:2509.10695, Algorithm 2, changed as the README lists).
+    """Kalman Bayesian Transformer as an SB3 algorithm (arXiv:2509.10695; docs/equations.md says what differs).
 
     The encoder is frozen after ``pretrain``; the posterior over the last layers moves with each ``update``. No sample
     is stored. ``learn`` rolls the mean policy out while a ``KalmanAdapter`` callback provides the samples.
@@ -125,32 +127,28 @@ class KBT(OnlineAlgorithm):
                 f"KBT needs a DecisionTransformerPolicy, whose head is Bayesian; got {type(self.policy).__name__}"
             )
 
-    def _on_rollout_start(self) -> None:
-        """Before the first step, so that no robot waits for it, load what updates of several rows need."""
-        if self.n_envs > 1 and not self.per_env:
-            self.policy.head.prepare_rows()
-        super()._on_rollout_start()
-
-    def _after_pretraining(self) -> None:
-        """Start from the prior: a head that reproduces the pre-trained layer."""
-        self.policy.reset_head()
+    @property
+    def labels_used(self) -> int:
+        """Labelled rows that the posteriors have learned from; less what ``rollback`` took back."""
+        return several.labels_seen(self.policy.heads)
 
     def _update(self, context: ContextWindow, target: Array, features: Tensor | None, rows: Array) -> KBTInfo:
         if features is None:
             features = self.policy.encode(context)
         heads = self.policy.heads
+        unit, log_scale = several.scales(heads)
         info = several.update(heads, rows, features, target)
-        unit, log_scale = heads[0].scales
         return KBTInfo(
             labels=len(target),
             innovation=info.innovation * unit**0.5,
             nis=info.nis,
             epistemic_variance=info.epistemic_variance * unit,
             predictive_variance=info.predictive_variance * unit,
-            smallest_variance=info.smallest_variance,
             repairs=info.repairs,
             label_weight=info.label_weight,
             log_density=info.log_density - len(target) * log_scale,
+            dof=info.dof,
+            log_ratio=info.log_ratio,
         )
 
     def set_fallback(self, fallback: Fallback | None) -> None:
@@ -196,6 +194,4 @@ class KBT(OnlineAlgorithm):
         heads = self.policy.heads
         if env is not None and not 0 <= env < len(heads):
             raise IndexError(f"posterior {env} was to forget; there are {len(heads)}, from 0")
-        rows = several.rollback(heads if env is None else [heads[env]], n)
-        self.labels_used -= rows
-        return rows
+        return several.rollback(heads, n, env)

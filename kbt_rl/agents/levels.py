@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kbt_rl.envs.discrete import check_forces, largest
 
 FloatArray = npt.NDArray[np.float64]
-# Of the largest level. Labels much softer or harder than this teach more slowly, see kbt_rl/experiments/discrete.py.
+# Of the largest level. Labels much softer or harder than this teach more slowly, see studies/discrete.py.
 _DEFAULT_TEMPERATURE = 4.0 / 3.0
 
 

@@ -24,10 +24,9 @@ from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
 from kbt_rl.agents.experts import Expert, as_labeller, force_levels, label_space, max_force
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.rollouts import RolloutAlgorithm
-from kbt_rl.agents.sample import LearnerInfo, Sample, labelled_rows
+from kbt_rl.agents.sample import LearnerInfo, Sample, labelled
 from kbt_rl.agents.transformer_policy import TransformerPolicy
-from kbt_rl.inference.interrupts import interrupts_deferred
-from kbt_rl.inference.memory import as_array
+from kbt_rl.inference.transactions import signals_deferred
 from kbt_rl.models.context import ContextWindow
 from kbt_rl.models.decision_transformer import DecisionTransformer
 
@@ -88,7 +87,6 @@ class OnlineAlgorithm(RolloutAlgorithm):
         self.max_force = float("nan")
         self.forces: list[float] | None = None  # a list, as it comes back from a file
         self.pretrain_info: PretrainInfo | None = None
-        self.labels_used = 0
         # The state of the label stream lives here rather than in a callback, so that it is saved with the model.
         # A generator of its own: pre-training draws its states from the seed itself.
         self.stream_rng = np.random.default_rng(None if seed is None else [seed, 1])
@@ -139,28 +137,16 @@ class OnlineAlgorithm(RolloutAlgorithm):
         Raises:
             ValueError: The sample has a wrong shape or is not finite; nothing has changed.
         """
-        context = sample.context
-        if not isinstance(context, ContextWindow):
-            context = self.policy.start(np.atleast_2d(as_array(context)))
-        else:
-            self.policy.check_context(context)
-            if sample.features is None:  # else it was checked when it was encoded
-                self.policy.check_observations(context.newest)
-        target = self.policy.actions.targets(sample.target)
-        self._check_rows(len(context.timesteps))
-        rows = labelled_rows(target, sample.mask, len(context.timesteps), self.policy.action_size)
-        if len(rows) == 0:
+        given = labelled(self.policy, sample)
+        self._check_rows(given.of)
+        if len(given.rows) == 0:
             return self.info_type(labels=0, innovation=float("nan"))
-        features = sample.features
-        shape = (len(target), self.policy.transformer_config.width)
-        if features is not None and features.shape != shape:
-            raise ValueError(f"features have shape {tuple(features.shape)}; expected {shape}, one row a context")
-        if len(rows) < len(target):
-            context = context.rows(rows)
-            features = None if features is None else features[rows]
-        info = self._update(context, target[rows], features, rows)
-        self.labels_used += len(rows)
-        return info
+        return self._update(given.context, given.target, given.features, given.rows)
+
+    @property
+    @abstractmethod
+    def labels_used(self) -> int:
+        """Labelled rows that the learner has learned from since it was pre-trained."""
 
     def _check_rows(self, rows: int) -> None:
         """Hook: raise ValueError if this learner cannot learn from a sample of so many rows, labelled or not."""
@@ -169,7 +155,7 @@ class OnlineAlgorithm(RolloutAlgorithm):
     def _update(
         self, context: ContextWindow, target: cloning.Array, features: Tensor | None, rows: cloning.Array
     ) -> LearnerInfo:
-        """Learn from rows that all have a label.
+        """Learn from rows that all have a label: all of an update or, with an error or an interrupt, nothing.
 
         Args:
             context: Of these rows.
@@ -216,8 +202,7 @@ class OnlineAlgorithm(RolloutAlgorithm):
             info = cloning.clone_behaviour(
                 trained, data, form, config, rng, self.max_force, lambda n: bar.advance(steps, n)
             )
-        with interrupts_deferred():
-            self._start_anew(trained, info)
+        self._start_anew(trained, info)
         return info
 
     def start_from(self, other: OnlineAlgorithm) -> None:
@@ -234,20 +219,22 @@ class OnlineAlgorithm(RolloutAlgorithm):
                 raise ValueError(f"this learner's {name} is {getattr(self, name)}, the other's {getattr(other, name)}")
         if self.env is not None:
             other._check_action_scale(self.env)
-        with interrupts_deferred():
-            self.label_space, self.max_force, self.forces = other.label_space, other.max_force, other.forces
+        with signals_deferred():
             self._start_anew(other.policy.transformer, other.pretrain_info)
+            self.label_space, self.max_force, self.forces = other.label_space, other.max_force, other.forces
 
     def _start_anew(self, transformer: DecisionTransformer, info: PretrainInfo | None) -> None:
-        """Take over pre-trained weights; what was learned is forgotten."""
-        self.policy.transformer.load_state_dict(transformer.state_dict())
-        self.policy.set_training_mode(False)
-        self.pretrain_info, self.labels_used = info, 0
-        self.strategy_state.clear()
-        self._after_pretraining()
+        """Take over pre-trained weights; what was learned is forgotten. All or nothing."""
+        state = self.policy.start_state(transformer)
+        with signals_deferred():
+            self.policy.load_state_dict(state)
+            self.policy.set_training_mode(False)
+            self.pretrain_info = info
+            self.strategy_state.clear()
+            self._forget_samples()
 
-    def _after_pretraining(self) -> None:
-        """Hook for what a subclass derives from the pre-trained network."""
+    def _forget_samples(self) -> None:
+        """Hook for what a subclass remembers of samples besides the policy; cannot fail."""
 
     def _require_label_space(self) -> spaces.Box:
         if self.label_space is None:

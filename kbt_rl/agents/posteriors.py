@@ -6,19 +6,19 @@ of the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from kbt_rl.inference.batch import HeadBatch
-from kbt_rl.inference.head import BayesianHead, Prediction
-from kbt_rl.inference.interrupts import interrupts_deferred
-from kbt_rl.inference.memory import as_array
-from kbt_rl.inference.moments import Gaussian
-from kbt_rl.inference.record import UpdateInfo
+from kbt_rl.inference.checks import as_array
+from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.prediction import Prediction
+from kbt_rl.inference.types import Gaussian, UpdateInfo
 
 # One head, or a head for each environment.
 Heads: TypeAlias = tuple[BayesianHead] | HeadBatch
@@ -38,9 +38,11 @@ def check_rows(heads: Heads, rows: int, each: int = 1) -> None:
 
 
 def mean(heads: Heads, features: Tensor) -> Tensor:
-    """Predicted mean of the target, ``(n, o)``; class probabilities with softmax."""
+    """Predicted mean of the target, ``(n, o)``, float64; class probabilities with softmax."""
     check_rows(heads, len(features))
-    return _asked(heads)(features)  # type: ignore[no-any-return]
+    asked = _asked(heads)
+    outputs = asked(features) if isinstance(asked, HeadBatch) else asked.mean_outputs(features)
+    return torch.softmax(outputs, dim=-1) if asked.kind.rule.link == "softmax" else outputs
 
 
 def predict(heads: Heads, features: Tensor) -> Prediction:
@@ -55,6 +57,32 @@ def logits(heads: Heads, features: Tensor, each: int = 1) -> Gaussian:
     if isinstance(heads, HeadBatch):
         return heads.predict_logits(features, each)
     return heads[0].predict_logits(features)
+
+
+def epistemic_variance(heads: Heads, features: Tensor, each: int = 1) -> Tensor:
+    """Variance of each output from the weights, ``(n, o)``, in the heads' units, of logits with softmax."""
+    check_rows(heads, len(features), each)
+    if isinstance(heads, HeadBatch):
+        return heads.epistemic_variance(features, each)
+    return heads[0].epistemic_variance(features)
+
+
+def noise_covs(heads: Heads) -> Tensor:
+    """Covariance of the label noise of each head, ``(heads, o, o)``, in the heads' units."""
+    return heads.get_buffer("noise_cov") if isinstance(heads, HeadBatch) else heads[0].noise_cov.unsqueeze(0)
+
+
+def labels_seen(heads: Heads) -> int:
+    """Labelled rows that the heads have learned from, all together."""
+    return int(_asked(heads).get_buffer("labels_seen").sum())
+
+
+def scales(heads: Heads) -> tuple[float, float]:
+    """See ``Posterior.scales``; all heads have the same."""
+    if not isinstance(heads, HeadBatch):
+        return heads[0].scales
+    outputs = heads.get_buffer("target_scale")[0].tolist()
+    return sum(scale * scale for scale in outputs) / len(outputs), sum(map(math.log, outputs))
 
 
 def update(heads: Heads, rows: npt.NDArray[np.intp], features: Tensor, target: npt.NDArray[np.float64]) -> UpdateInfo:
@@ -82,10 +110,6 @@ def update(heads: Heads, rows: npt.NDArray[np.intp], features: Tensor, target: n
     return heads.update(inputs, labels, together=True).merged()
 
 
-def rollback(heads: Iterable[BayesianHead], n: int) -> int:
-    """Take back the last ``n`` updates of each head, all or none; returns the labelled rows that they had used."""
-    undone = [(head, head.plan_rollback(n)) for head in heads]
-    with interrupts_deferred():
-        for head, undo in undone:
-            head.apply_rollback(undo)
-    return sum(undo.rows for _, undo in undone)
+def rollback(heads: Heads, n: int, index: int | None = None) -> int:
+    """Take back the last ``n`` updates of one head or of each, all or none; returns the labelled rows they had used."""
+    return heads.rollback(n, index) if isinstance(heads, HeadBatch) else heads[0].rollback(n)

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.policies import DecisionTransformerPolicy
-from kbt_rl.agents.sample import Sample, labelled_rows
+from kbt_rl.agents.sample import Sample, labelled
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.evidence import sequential_log_density
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.memory import as_array
-from kbt_rl.models.context import ContextWindow
 
 Batch = tuple[Tensor, npt.NDArray[np.float64]]
 
@@ -41,7 +39,7 @@ class PriorScore(NamedTuple):
     """
 
     hidden_variance: float
-    last_variance: float
+    last_variance: float | None
     rho: float
     noise_variance: float
     log_density: float
@@ -119,16 +117,10 @@ def _batches(model: KBT, stream: Sequence[Sample]) -> Iterator[Batch]:
     """Features and targets of the rows that have a label, as ``KBT.update`` takes them."""
     policy = model.policy
     for sample in stream:
-        context = sample.context
-        if not isinstance(context, ContextWindow):
-            context = policy.start(np.atleast_2d(as_array(context)))
-        policy.check_context(context)
-        policy.check_observations(context.newest)
-        target = policy.actions.targets(sample.target)
-        rows = labelled_rows(target, sample.mask, len(context.timesteps), policy.action_size)
-        if len(rows):
-            features = policy.encode(context) if sample.features is None else sample.features
-            yield features[rows], target[rows]
+        given = labelled(policy, sample)
+        if len(given.rows):
+            features = policy.encode(given.context) if given.features is None else given.features
+            yield features, given.target
 
 
 def _score(

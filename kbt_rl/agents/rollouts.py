@@ -75,7 +75,8 @@ class RolloutAlgorithm(CheckpointedAlgorithm):
         for _ in range(self.n_steps):
             if self.num_timesteps >= total_timesteps:
                 break
-            assert self._features is not None
+            if self._features is None:  # an update has changed the encoder
+                self._features = self.policy.encode(self._context)
             actions, taken_over = self.policy.choose(self._context, self._features)
             if self.policy.fallback is not None:
                 self.logger.record_mean("kalman/fallback_share", float(taken_over.mean()))

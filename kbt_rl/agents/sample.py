@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from kbt_rl.agents.actions import ActionFormat
+from kbt_rl.inference.checks import as_array
 from kbt_rl.models.context import ContextWindow
+
+if TYPE_CHECKING:
+    from kbt_rl.agents.transformer_policy import TransformerPolicy
 
 
 class Sample(NamedTuple):
@@ -47,24 +52,82 @@ class LearnerInfo:
     innovation: float
 
 
-def labelled_rows(
-    target: npt.NDArray[Any], mask: npt.NDArray[np.bool_] | None, rows: int, size: int
-) -> npt.NDArray[Any]:
-    """Check a target against ``rows`` contexts and ``size`` action entries; returns indices of the labelled rows.
+class Labelled(NamedTuple):
+    """The rows of a sample that have a label, checked; what the others hold does not matter.
+
+    Attributes:
+        context: Of these rows.
+        target: ``(n, action size)``.
+        features: ``(n, width)`` where the caller has encoded the context already.
+        rows: Which rows of the sample they are, ``(n,)``, ascending.
+        of: Rows of the sample.
+    """
+
+    context: ContextWindow
+    target: npt.NDArray[np.float64]
+    features: Tensor | None
+    rows: npt.NDArray[np.intp]
+    of: int
+
+
+def labelled(policy: TransformerPolicy, sample: Sample) -> Labelled:
+    """What a policy can learn from in a sample.
 
     Raises:
-        ValueError: Wrong shape, an infinite label, or a row that is NaN in part.
+        ValueError: Wrong shape, an infinite label, one that is NaN in part, or a labelled state that is no observation.
     """
+    context, size = sample.context, policy.action_size
+    if isinstance(context, ContextWindow):
+        policy.check_context(context)
+        count = len(context.timesteps)
+    else:
+        context = np.atleast_2d(as_array(context))
+        policy.check_size(context)
+        count = len(context)
+    target = _targets(policy.actions, sample.target, sample.mask, count)
+    rows = _labelled_rows(target, count, size)
+    features, whole = sample.features, len(rows) == count
+    shape = count, policy.feature_size
+    if features is not None and features.shape != shape:
+        raise ValueError(f"features have shape {tuple(features.shape)}; expected {shape}, one row a context")
+    if not isinstance(context, ContextWindow):
+        context = policy.start(context[rows])
+    else:
+        context = context if whole else context.rows(rows)
+        if features is None:  # else it was checked when it was encoded
+            policy.check_observations(context.newest)
+    if features is not None and not whole:
+        features = features[rows]
+    return Labelled(context, target if whole else target[rows], features, rows, count)
+
+
+def _targets(actions: ActionFormat, target: Any, mask: Any, rows: int) -> npt.NDArray[np.float64]:
+    """Labels as rows ``(n, action size)``, NaN where the mask leaves a row out."""
+    if mask is None:
+        return actions.targets(target)
+    if np.shape(mask) != (rows,):
+        raise ValueError(f"mask has shape {np.shape(mask)}; expected {(rows,)}, one entry a context")
+    kept = np.asarray(mask, dtype=bool)
+    if len(np.shape(target)) == 0 or len(target) != rows:
+        return actions.targets(target)
+    labels = np.full((rows, actions.size), np.nan)
+    if kept.any():
+        some = actions.targets(target[kept])
+        if some.shape != (int(kept.sum()), actions.size):
+            raise ValueError(f"target has shape {np.shape(target)}; expected {(rows, actions.size)}, one row a context")
+        labels[kept] = some
+    return labels
+
+
+def _labelled_rows(target: npt.NDArray[Any], rows: int, size: int) -> npt.NDArray[Any]:
+    """Indices of the rows that have a label, ``(n,)``."""
     if target.shape != (rows, size):
         raise ValueError(f"target has shape {target.shape}; expected {(rows, size)}, one row a context")
-    if mask is not None and mask.shape != (rows,):
-        raise ValueError(f"mask has shape {mask.shape}; expected {(rows,)}, one entry a context")
-    if mask is None and np.isfinite(target.sum()):  # the usual case: every row has its label
+    if np.isfinite(target.sum()):  # the usual case: every row has its label
         return np.arange(rows)
     missing = np.isnan(target)
-    present = ~missing.any(axis=1)
     if np.isinf(target).any():
         raise ValueError("target holds an infinite label; use NaN where there is no label")
     if (missing.any(axis=1) & ~missing.all(axis=1)).any():
         raise ValueError("a target row is NaN in some entries only; a label is complete or missing")
-    return np.flatnonzero(present if mask is None else present & mask)
+    return np.flatnonzero(~missing.any(axis=1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,15 @@ from torch import Tensor
 
 from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback
-from kbt_rl.files import replacing
-from kbt_rl.inference.loading import check_fits
+from kbt_rl.files import sealed, unsealed, write_bytes
+from kbt_rl.inference.loading import check_fits, load_whole
+from kbt_rl.inference.transactions import with_writers_held
 from kbt_rl.models.context import ContextWindow, advance_window, start_window
 from kbt_rl.models.context import with_action as with_remembered
 from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTransformerConfig
 
 Array = npt.NDArray[Any]
+Self = TypeVar("Self", bound="TransformerPolicy")
 
 
 class TransformerPolicy(BasePolicy):
@@ -80,6 +82,11 @@ class TransformerPolicy(BasePolicy):
             "observation_scale": self._given_scale,
         }
 
+    @property
+    def feature_size(self) -> int:
+        """Entries of what ``encode`` returns for a context."""
+        return self.transformer_config.width
+
     def start(self, observations: Array) -> ContextWindow:
         """Contexts of episodes that start with ``observations``, ``(n, observation size)``."""
         observations = self.check_observations(observations)
@@ -93,7 +100,7 @@ class TransformerPolicy(BasePolicy):
         return advance_window(context, self.check_observations(observations), episode_start)
 
     def encode(self, context: ContextWindow) -> Tensor:
-        """Features of the newest step of each context, ``(n, width)``: T1 of the paper, without gradient."""
+        """Features of the newest step of each context, ``(n, feature_size)``: T1 of the paper, without gradient."""
         with torch.inference_mode():
             like = self.transformer.observation_scale  # the encoder may be cast, by .half() for one
             observations, actions = (torch.from_numpy(array).to(like) for array in context[:2])
@@ -171,8 +178,7 @@ class TransformerPolicy(BasePolicy):
         space = self.observation_space
         assert isinstance(space, spaces.Box)
         array = np.asarray(observations, dtype=np.float32)
-        if array.ndim != 2 or array.shape[1] != self.observation_size:
-            raise ValueError(f"observations have shape {array.shape}; expected (n, {self.observation_size})")
+        self.check_size(array)
         if not ((array >= space.low) & (array <= space.high)).all():  # NaN fails the comparison too
             row = int(np.flatnonzero(~((array >= space.low) & (array <= space.high)).all(axis=1))[0])
             raise ValueError(
@@ -180,6 +186,11 @@ class TransformerPolicy(BasePolicy):
                 f"[{space.low}, {space.high}]; check the sensor, or widen the space"
             )
         return array
+
+    def check_size(self, observations: Array) -> None:
+        """Raise ValueError unless there are rows of observations of the right size."""
+        if observations.ndim != 2 or observations.shape[1] != self.observation_size:
+            raise ValueError(f"observations have shape {observations.shape}; expected (n, {self.observation_size})")
 
     def check_context(self, context: ContextWindow) -> None:
         """Raise ValueError unless the context has the shape of this policy's."""
@@ -190,12 +201,37 @@ class TransformerPolicy(BasePolicy):
                 raise ValueError(f"the context's {name} have shape {found}; expected (n, {length}, {size})")
 
     def save(self, path: str | Path | io.BufferedIOBase) -> None:
-        """SB3's ``save``, but a file is replaced as a whole: killed at any moment, it is the old one or the new."""
-        if not isinstance(path, (str, Path)):
-            super().save(path)  # type: ignore[arg-type]  # torch writes to files as well
-            return
-        with replacing(path) as file:
-            super().save(file)  # type: ignore[arg-type]
+        """SB3's ``save``, but a file is replaced as a whole and ends in the SHA-256 of its content.
+
+        Killed at any moment, the process leaves the old file or the new one. PyTorch and SB3 read it as any other.
+
+        Raises:
+            RuntimeError: ``load`` would refuse the file; an old one is still there.
+        """
+        content = with_writers_held(self, self._content)
+        if isinstance(path, (str, Path)):
+            write_bytes(path, content)
+        else:
+            path.write(content)
+
+    def _content(self) -> bytes:
+        """The file that ``save`` writes."""
+        buffer = io.BytesIO()
+        super().save(buffer)  # type: ignore[arg-type]  # torch writes to files as well
+        content = sealed(buffer.getvalue())
+        buffer.seek(0)
+        check_fits(self, torch.load(buffer, map_location="cpu", weights_only=False)["state_dict"])
+        return content
+
+    @classmethod
+    def load(cls: type[Self], path: str | Path | io.BufferedIOBase, device: torch.device | str = "auto") -> Self:
+        """SB3's ``load`` of what ``save`` has written, once its content is found to be what was saved.
+
+        Raises:
+            ValueError: The file is damaged, or was written by another program or an older version.
+        """
+        content = Path(path).read_bytes() if isinstance(path, (str, Path)) else path.read()
+        return super().load(unsealed(content, path), device)  # type: ignore[arg-type]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over saved weights and buffers, all or none.
@@ -203,8 +239,11 @@ class TransformerPolicy(BasePolicy):
         Raises:
             RuntimeError: They are of another architecture, or a posterior is of another dtype; nothing has changed.
         """
-        check_fits(self, state_dict, strict)
-        return super().load_state_dict(state_dict, strict, assign)
+        return load_whole(self, state_dict, strict, assign)
+
+    def start_state(self, transformer: DecisionTransformer) -> dict[str, Any]:
+        """The ``state_dict`` of this policy as it starts from a pre-trained transformer of its size."""
+        return {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,14 @@ from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo
+from kbt_rl.inference.errors import UpdateError
+from kbt_rl.inference.loading import load_whole
+from kbt_rl.inference.transactions import signals_deferred
 from kbt_rl.models.context import ContextWindow
+from kbt_rl.models.decision_transformer import DecisionTransformer
+
+# Of a label's distance from its prediction, in units of the actions' scale: its square is well inside float32.
+LARGEST = 1e15
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class WarmStart(OnlineAlgorithm):
             )
         self.memory, self.epochs, self.step_size = memory, epochs, learning_rate
         self._stored: list[tuple[ContextWindow, Array]] = []
+        self._labels_used = 0
         super().__init__(
             policy, env, n_steps, policy_kwargs, stats_window_size, tensorboard_log, verbose, seed, device,
             _init_setup_model,
@@ -92,52 +101,68 @@ class WarmStart(OnlineAlgorithm):
                 "Bayesian head instead; use TransformerPolicy"
             )
 
-    def _after_pretraining(self) -> None:
+    @property
+    def labels_used(self) -> int:
+        """Labelled rows that were trained on, or wait in the memory."""
+        return self._labels_used
+
+    def _forget_samples(self) -> None:
         """Forget samples that waited for a training."""
-        self._stored = []
+        self._stored, self._labels_used = [], 0
 
     def _update(self, context: ContextWindow, target: Array, features: Tensor | None, rows: Array) -> WarmStartInfo:
         if features is None:
             features = self.policy.encode(context)
         error = target - self.policy.act(features)
-        trainings, loss = 0, float("nan")
+        self._check_size(error)
+        transformer, stored, trainings, loss = self.policy.transformer, list(self._stored), 0, float("nan")
         for row in range(len(target)):
-            self._stored.append((context.rows(slice(row, row + 1)), target[row : row + 1]))
-            if len(self._stored) >= self.memory:
-                loss = self._train_on_memory()
-                trainings += 1
+            stored.append((context.rows(slice(row, row + 1)), target[row : row + 1]))
+            if len(stored) >= self.memory:
+                transformer, loss = self._trained(transformer, stored)
+                stored, trainings = [], trainings + 1
+        state = transformer.state_dict()
+        with signals_deferred():
+            if trainings:
+                load_whole(self.policy.transformer, state)
+                self._features = None  # those of the running episode belong to the old weights
+            self._stored, self._labels_used = stored, self._labels_used + len(target)
         return WarmStartInfo(
             labels=len(target),
             innovation=float(np.sqrt(np.mean(np.square(error)))),
-            memory=len(self._stored),
+            memory=len(stored),
             trainings=trainings,
             loss=loss,
         )
 
-    def _train_on_memory(self) -> float:
-        """``epochs`` full-batch steps of a fresh Adam on all weights; empties the memory."""
-        inputs, target = self._memory_tensors()
-        transformer = self.policy.transformer
+    def _check_size(self, error: Array) -> None:
+        """Raise UpdateError for labels whose squares leave float32, by which every weight would become NaN."""
+        largest = float(np.abs(error / self.policy.transformer.action_scale.cpu().numpy()).max())
+        if not largest < LARGEST:
+            raise UpdateError(
+                f"a label is {largest:.3g} times the scale of the actions from its prediction, where at most "
+                f"{LARGEST:.0e} are learned; nothing has changed. Check the target's units"
+            )
+
+    def _trained(
+        self, transformer: DecisionTransformer, stored: list[tuple[ContextWindow, Array]]
+    ) -> tuple[DecisionTransformer, float]:
+        """A copy after ``epochs`` full-batch steps of a fresh Adam on all weights, and the loss of the last one."""
+        trained = copy.deepcopy(transformer)
+        contexts, targets = zip(*stored, strict=True)
+        inputs = [torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in zip(*contexts, strict=True)]
+        target = torch.from_numpy(np.concatenate(targets)).to(self.device, torch.float32)
         fused = self.device.type in ("cpu", "cuda")  # a quarter less time for a network of this size
-        optimiser = torch.optim.Adam(transformer.parameters(), lr=self.step_size, fused=fused)
-        transformer.train()
+        optimiser = torch.optim.Adam(trained.parameters(), lr=self.step_size, fused=fused)
+        trained.train()
         for _ in range(self.epochs):
-            loss = self.policy.actions.loss(transformer(*inputs)[:, -1], target, transformer.action_scale)
+            loss = self.policy.actions.loss(trained(*inputs)[:, -1], target, trained.action_scale)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        transformer.eval()
-        self._forget_memory()
-        return float(loss.detach())
-
-    def _memory_tensors(self) -> tuple[list[Tensor], Tensor]:
-        """The memory as inputs of the transformer and their targets."""
-        contexts, targets = zip(*self._stored, strict=True)
-        inputs = [torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in zip(*contexts, strict=True)]
-        return inputs, torch.from_numpy(np.concatenate(targets)).to(self.device, torch.float32)
-
-    def _forget_memory(self) -> None:
-        """Start a new memory after a training."""
-        self._stored = []
-        if self._context is not None:  # the features of the running episode belong to the old weights
-            self._features = self.policy.encode(self._context)
+        if not all(bool(torch.isfinite(weights).all()) for weights in trained.parameters()):
+            raise UpdateError(
+                f"training on {len(stored)} samples leaves weights that are not finite; nothing has changed. Lower the "
+                "learning rate"
+            )
+        return trained.eval(), float(loss.detach())

@@ -12,8 +12,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from kbt_rl.agents.kbt import KBT, KBTInfo
-from kbt_rl.inference.monitor import Cusum, Lagged, Monitor, NoiseReference
-from kbt_rl.inference.noise import NoiseEstimate
+from kbt_rl.inference.change_detection import Cusum, Lagged, LogLossCusum, Monitor, NoiseReference
+from kbt_rl.inference.types import NoiseEstimate
 
 
 class AdaptationStrategy(ABC):
@@ -113,7 +113,9 @@ class _Watch:
 
 
 class ReopenOnDetection(AdaptationStrategy):
-    """Watch the normalised innovation squared; when it is implausible, keep the means and re-open the covariance.
+    """Watch how labels fit their predictions; when it is implausible that they do, keep the means and re-open the rest.
+
+    The test is of the normalised innovation squared, or with discrete actions of the log loss.
 
     A noise that is learned (``HeadConfig(noise="learned")``) is put back at the same time to what it was ``noise_lag``
     samples ago: until the alarm it has taken the change for noise, and by a noise too large the opened posterior would
@@ -126,7 +128,7 @@ class ReopenOnDetection(AdaptationStrategy):
     strategy of the same settings goes on from them, one of other settings starts afresh.
 
     Args:
-        monitor: The test, ``Cusum(1e-5)`` by default.
+        monitor: The test; by default ``Cusum(1e-5)``, or with discrete actions ``LogLossCusum(1e-5)``.
         misfit: Variance of what the head cannot express even when it has converged, in units of ``target_scale``
             squared (the label's mean square in pre-training). Without it rare large misfits count as changes.
         noise_lag: How many samples ago the noise level is taken from that innovations are judged by: 0 if the label
@@ -149,7 +151,7 @@ class ReopenOnDetection(AdaptationStrategy):
         _check_fraction(fraction)
         if rest < 0:
             raise ValueError(f"rest is {rest}; a number of updates is not negative")
-        self.fraction, self.rest = fraction, rest
+        self.fraction, self.rest, self._given = fraction, rest, monitor
         self._watch = _Watch(
             Cusum(1e-5) if monitor is None else monitor, NoiseReference(misfit, noise_lag), Lagged(noise_lag)
         )
@@ -173,20 +175,25 @@ class ReopenOnDetection(AdaptationStrategy):
         """Go on where this test left off on the model, else start there.
 
         Raises:
-            ValueError: The actions are discrete: the innovations of their labels are not chi-square.
+            ValueError: The test is of innovations and the actions are discrete, whose innovations are not chi-square;
+                or it is of the log loss and they are not.
         """
         head = model.policy.head
-        if head.rule.link == "softmax":
+        classes, monitor = head.rule.link == "softmax", self.monitor
+        if self._given is None and classes:
+            monitor = LogLossCusum(1e-5)
+        if classes != isinstance(monitor, LogLossCusum):
             raise ValueError(
-                "the innovations of discrete labels are not chi-square, so this test would mean nothing; use "
-                "TowardsPrior, ProcessNoise or Forgetting with discrete actions"
+                f"{type(monitor).__name__} tests {'innovations' if classes else 'the log loss'}, and this model's "
+                f"actions are {'discrete' if classes else 'continuous'}; leave the monitor out, or pass "
+                f"{'LogLossCusum' if classes else 'Cusum or WindowedChiSquare'}"
             )
         if head.learns_noise and self.reference.lag == 0:
             warnings.warn(
                 "the noise is learned and will swallow what this test should notice; pass noise_lag=50 or so",
                 stacklevel=2,
             )
-        test, settings, noise = type(self.monitor), self.monitor.settings(), self.reference.settings()
+        test, settings, noise = type(monitor), monitor.settings(), self.reference.settings()
         key = f"{test.__name__} {settings} {noise} {self.rest}"
         if key not in model.strategy_state:  # objects of its own: a strategy may serve several models in turn
             model.strategy_state[key] = _Watch(test(**settings), NoiseReference(**noise), Lagged(self.reference.lag))
@@ -194,8 +201,7 @@ class ReopenOnDetection(AdaptationStrategy):
 
     def after_update(self, model: KBT, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
-        head, watch = model.policy.head, self._watch
-        unit = head.mean_square_scale
+        head, watch, unit = model.policy.head, self._watch, model.policy.head.mean_square_scale
         nis = watch.reference.restate(info.nis, info.epistemic_variance / unit, info.predictive_variance / unit)
         noise = head.noise_estimate
         before = None if noise is None else watch.noises.value(noise)
@@ -204,7 +210,11 @@ class ReopenOnDetection(AdaptationStrategy):
         since = watch.since = None if watch.since is None else watch.since + 1
         if since is not None and since <= self.rest:
             return False
-        if not watch.monitor.observe(nis, info.labels * model.policy.action_size):
+        if isinstance(watch.monitor, LogLossCusum):
+            alarm = watch.monitor.observe_ratio(info.log_ratio)
+        else:
+            alarm = watch.monitor.observe(nis, info.labels * model.policy.action_size)
+        if not alarm:
             return False
         if before is not None and (since is None or since > self.rest + watch.reference.lag):
             head.reopen(self.fraction, before)

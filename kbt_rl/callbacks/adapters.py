@@ -23,7 +23,7 @@ from kbt_rl.agents.sample import LearnerInfo, Sample
 from kbt_rl.callbacks.adaptation import AdaptationStrategy
 from kbt_rl.callbacks.queries import Always, QueryRule
 from kbt_rl.callbacks.streams import SampleStream, StreamBatch, as_stream
-from kbt_rl.inference.monitor import upper_quantile
+from kbt_rl.inference.change_detection import upper_quantile
 
 
 class OnlineAdapter(BaseCallback):
@@ -219,14 +219,17 @@ class KalmanAdapter(OnlineAdapter):
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
         self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.actions.degrees_of_freedom))
         self.repairs += info.repairs
-        self.logger.record("kalman/smallest_variance", info.smallest_variance)
         self.logger.record("kalman/repairs", self.repairs)
         self._record_trust(info)
-        if self.model.policy.heads[0].noise_model is not None:
+        if not self.model.policy.head_config.plain_noise:
             self.logger.record_mean("kalman/noise_variance", info.predictive_variance - info.epistemic_variance)
             self.logger.record_mean("kalman/label_weight", info.label_weight)
         if self.strategy is not None:
             self.logger.record("kalman/alarms", self.strategy.alarms)
+
+    def _on_rollout_end(self) -> None:
+        smallest = min(float(head.variances().min()) for head in self.model.policy.heads)
+        self.logger.record("kalman/smallest_variance", smallest)
 
     def _record_trust(self, info: KBTInfo) -> None:
         """Log how probable the labels were before they were learned, and whether they were where they should be."""
@@ -235,5 +238,5 @@ class KalmanAdapter(OnlineAdapter):
         self.logger.record_mean("kalman/nlpd", -info.log_density / info.labels)
         actions = self.model.policy.actions
         if actions.link == "identity":  # the NIS of a one-hot label is not chi-square
-            inside = info.nis <= upper_quantile(0.05, info.labels * actions.degrees_of_freedom)
+            inside = info.nis <= upper_quantile(0.05, info.labels * actions.degrees_of_freedom, info.dof)
             self.logger.record_mean("kalman/coverage_95", float(inside))

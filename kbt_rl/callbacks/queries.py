@@ -92,8 +92,8 @@ def epistemic_variance(model: OnlineAlgorithm, features: Tensor, each: int = 1) 
     Raises:
         TypeError: The model has no posterior.
     """
-    cov = posteriors.logits(_heads_of(model), features, each).cov
-    variance: npt.NDArray[Any] = cov.diagonal(dim1=-2, dim2=-1).mean(-1).cpu().numpy()
+    variances = posteriors.epistemic_variance(_heads_of(model), features, each)
+    variance: npt.NDArray[Any] = variances.mean(-1).cpu().numpy()
     return variance
 
 
@@ -107,9 +107,10 @@ def noise_variance(model: OnlineAlgorithm) -> npt.NDArray[Any]:
         ValueError: A noise variance is 0.
     """
     heads = _heads_of(model)
-    if heads[0].rule.link == "softmax":
+    if model.policy.actions.link == "softmax":
         return np.ones(len(heads))
-    variances = np.array([float(head.noise_cov.diagonal().mean()) for head in heads])
+    noise = posteriors.noise_covs(heads)
+    variances: npt.NDArray[Any] = noise.diagonal(dim1=-2, dim2=-1).mean(-1).cpu().numpy()
     if not (variances > 0.0).all():
         raise ValueError("the head's noise variance is 0, so nothing is small beside it; set_noise to what labels have")
     return variances

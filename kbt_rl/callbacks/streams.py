@@ -132,7 +132,7 @@ class UncertainStream(IidStream):
     def check(self, model: OnlineAlgorithm) -> None:
         """Only a posterior knows what it does not know."""
         super().check(model)
-        epistemic_variance(model, torch.zeros(model.n_envs, model.policy.transformer_config.width))
+        epistemic_variance(model, torch.zeros(model.n_envs, model.policy.feature_size))
 
     def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch:
         """See ``SampleStream``."""

@@ -1,4 +1,4 @@
-"""The Gymnasium environment of the experiments: balance a pole on a cart whose dynamics can change at any time."""
+"""The Gymnasium environment of the studies: balance a pole on a cart whose dynamics can change at any time."""
 
 from __future__ import annotations
 

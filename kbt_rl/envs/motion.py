@@ -1,18 +1,14 @@
-"""The pendulum's equations of motion by component, for numbers, arrays and machine code alike.
+"""The pendulum's equations of motion by component, for numbers and arrays alike.
 
-Plain arithmetic on positions and velocities. :mod:`kbt_rl.envs.plant` puts whole states around it; simulations of many
-episodes compile :func:`advance`, which is why this module imports nothing of the package.
+Plain arithmetic on positions and velocities; :mod:`kbt_rl.envs.plant` puts whole states around it.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[Any]
 # A number or an array of them, real or complex.
 Values: TypeAlias = Any
 _SUBSTEPS = 2
@@ -60,34 +56,3 @@ def rk4(
         x_dot = x_dot + h / 6 * (acc_1 + 2 * (acc_2 + acc_3) + acc_4)
         theta_dot = theta_dot + h / 6 * (turn_1 + 2 * (turn_2 + turn_3) + turn_4)
     return x, x_dot, theta, theta_dot
-
-
-def advance(
-    states: Array, command: Array, upright: Array, cost: Array, plants: Array, max_force: float, dt: float
-) -> None:
-    """One step of many episodes in place, row by row; only fast as machine code.
-
-    A fallen row is left where it fell. ``tests/test_experiments.py`` holds this and the array functions together.
-
-    Args:
-        states: ``(n, 4)``.
-        command: Forces, N, ``(n,)``; limited here to ``max_force``.
-        upright: Which rows have not fallen yet, ``(n,)``; updated.
-        cost: Cost so far, ``(n,)``; the step's is added.
-        plants: Cart mass, pole mass, pole half length and gravity of each row, ``(n, 4)``.
-        max_force: N.
-        dt: s.
-    """
-    for i in range(len(states)):
-        if upright[i]:
-            x, x_dot, theta, theta_dot = states[i, 0], states[i, 1], states[i, 2], states[i, 3]
-            force = command[i]
-            if force > max_force:
-                force = max_force
-            elif force < -max_force:
-                force = -max_force
-            cost[i] += (x * x + x_dot * x_dot + theta * theta + theta_dot * theta_dot + force * force) * dt
-            states[i, 0], states[i, 1], states[i, 2], states[i, 3] = rk4(
-                x, x_dot, theta, theta_dot, force, plants[i, 0], plants[i, 1], plants[i, 2], plants[i, 3], dt
-            )
-            upright[i] = abs(states[i, 2]) <= math.pi / 2

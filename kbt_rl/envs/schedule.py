@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 Env = gym.Env[Array, Array]
 Bounds = Mapping[str, tuple[float, float]]
 
-#: Where plants are drawn from in this package's experiments: kg, kg, m.
+#: Where plants are drawn from in the studies: kg, kg, m.
 PLANT_RANGES: dict[str, tuple[float, float]] = {
     "cart_mass": (0.5, 2.0),
     "pole_mass": (0.05, 1.5),

@@ -1,1 +1,1 @@
-"""The mathematics of the method: moments, smoother, structures, output rules and the head. Depends on torch only."""
+"""Closed-form Bayesian inference over the weights of a network; knows nothing of environments or agents."""

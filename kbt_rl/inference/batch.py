@@ -1,50 +1,102 @@
-"""Many independent heads of the same shape, one row each, in one call: a posterior for every robot of a fleet.
-
-The heads of a ``HeadBatch`` are heads like any other. Their buffers lie one after another in stacked arrays, so that
-machine code can go through all of them; where there is none for them, each is asked in turn.
-"""
+"""Many independent heads of the same shape, one row each, in one call: a posterior for every robot of a fleet."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kbt_rl.inference import compiled
-from kbt_rl.inference.batch_record import BatchInfo
-from kbt_rl.inference.head import BayesianHead, Prediction, of_targets
-from kbt_rl.inference.interrupts import interrupts_deferred
-from kbt_rl.inference.loading import check_fits
-from kbt_rl.inference.memory import as_array
-from kbt_rl.inference.moments import Gaussian
-from kbt_rl.inference.output import measure, replace
-from kbt_rl.inference.stack import HeadStack
+from kbt_rl.inference import checks, loading
+from kbt_rl.inference import engine as engines
+from kbt_rl.inference.density import LOG_TWO_PI
+from kbt_rl.inference.head import BayesianHead, Kind, Plan
+from kbt_rl.inference.history import History, Record, moves_to_keep
+from kbt_rl.inference.prediction import Prediction
+from kbt_rl.inference.transactions import register_writer, replace_buffers, signals_deferred
+from kbt_rl.inference.types import Gaussian, HeadState, Rows, UpdateInfo
 
-Array = npt.NDArray[Any]
-_stacking = threading.Lock()
+_COUNTS = ("labels", "repairs")
 
 
-class HeadBatch(nn.ModuleList):
+class BatchInfo(NamedTuple):
+    """``UpdateInfo`` of each head as arrays ``(H,)``; NaN, or 0 labels and repairs, where a head has learned nothing.
+
+    ``refused`` tells by index which heads would not learn, and by which error: the one that ``update`` of that head
+    would raise. They are what they were before.
+    """
+
+    innovation: npt.NDArray[Any]
+    nis: npt.NDArray[Any]
+    epistemic_variance: npt.NDArray[Any]
+    predictive_variance: npt.NDArray[Any]
+    labels: npt.NDArray[Any]
+    label_weight: npt.NDArray[Any]
+    log_density: npt.NDArray[Any]
+    repairs: npt.NDArray[Any]
+    dof: npt.NDArray[Any]
+    log_ratio: npt.NDArray[Any]
+    refused: dict[int, ValueError]
+
+    @classmethod
+    def empty(cls, heads: int) -> BatchInfo:
+        """Of heads that have learned nothing yet."""
+        fields = {
+            name: np.zeros(heads, dtype=np.int64) if name in _COUNTS else np.full(heads, np.nan)
+            for name in UpdateInfo._fields
+        }
+        return cls(**fields, refused={})
+
+    def of(self, head: int) -> UpdateInfo:
+        """The record of one head."""
+        values: dict[str, Any] = {name: getattr(self, name)[head].item() for name in UpdateInfo._fields}
+        return UpdateInfo(**values)
+
+    def put(self, head: int, record: UpdateInfo) -> None:
+        """Enter the record of one head."""
+        for name, value in record._asdict().items():
+            getattr(self, name)[head] = value
+
+    def merged(self) -> UpdateInfo:
+        """One record of all heads that have learned: sums of NIS, log density and labels, else averages over labels."""
+        used = np.flatnonzero(self.labels)
+        counts = self.labels[used]
+        total = int(counts.sum())
+
+        def average(values: npt.NDArray[Any]) -> float:
+            return float(values[used] @ counts) / total if total else math.nan
+
+        return UpdateInfo(
+            innovation=math.sqrt(average(self.innovation**2)),
+            nis=float(self.nis[used].sum()),
+            epistemic_variance=average(self.epistemic_variance),
+            predictive_variance=average(self.predictive_variance),
+            labels=total,
+            label_weight=average(self.label_weight),
+            log_density=float(self.log_density[used].sum()),
+            repairs=int(self.repairs.sum()),
+            dof=float(self.dof[used].min(initial=math.inf)),
+            log_ratio=float(self.log_ratio[used].sum()),
+        )
+
+
+class HeadBatch(nn.Module):
     """Independent posteriors, ``H`` heads of the same configuration: row ``i`` belongs to head ``i``.
 
-    ``batch[i]`` is a ``BayesianHead`` on the batch's memory: what is done with either is seen by the other. Copying,
-    saving, loading and moving to a device are those of a ``ModuleList``.
+    It owns their buffers, stacked in front; ``batch[i]`` is a copy of one of them, and ``batch[i] = head`` takes one
+    over.
 
-    Heads with machine code (one or two layers, two terms of the ReLU's series, exact features, on the CPU, no
-    ``history``) predict in one call; they learn in one call where they have one output, the rule ``measure`` or
-    ``replace`` and a noise that is known. Others take the same steps one after another. The results of both ways, and
-    those of as many separate heads, are equal to rounding: 1e-10 relative to the largest entry.
+    Two-layer heads with one output, the rule ``measure`` and known noise learn and predict in one call of machine code
+    (``pip install "kbt_rl[fast]"``); others take the same steps one after another. Both equal as many separate heads to
+    rounding.
 
     Args:
-        heads: Of the same sizes and configuration.
-        threads: Threads that share out the heads of one call, the caller's and others that wait for all such calls of
-            the process; no global setting changes.
+        heads: Of the same sizes and configuration; they are copied.
 
     Raises:
         ValueError: No heads, or heads of different kinds.
@@ -55,67 +107,112 @@ class HeadBatch(nn.ModuleList):
         >>> mean = batch(torch.randn(1024, 16))
     """
 
-    def __init__(self, heads: Iterable[BayesianHead], threads: int = 1) -> None:
-        super().__init__(heads)
-        if len(self) == 0:
-            raise ValueError("a batch needs at least one head")
-        self._known = tuple(self)
-        _check_kinds(self._known)
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"threads is {threads!r}; a whole number, at least 1")
-        self.threads = threads
-        self._stack: HeadStack | None = None
-        self._lock = threading.RLock()
+    keeps_dtype = True
 
-    def __getitem__(self, index: int) -> BayesianHead:  # type: ignore[override]
-        """The head of row ``index``."""
-        return super().__getitem__(index)  # type: ignore[return-value]
+    def __init__(self, heads: Iterable[BayesianHead]) -> None:
+        super().__init__()
+        given = list(heads)
+        if not given:
+            raise ValueError("a batch needs at least one head")
+        kinds = {(head.in_features, head.out_features, head.config) for head in given}
+        if len(kinds) > 1:
+            raise ValueError(f"the heads of a batch must be of one kind; got {len(kinds)} sizes or configurations")
+        self.kind: Kind = given[0].kind
+        self._lock = threading.RLock()
+        register_writer(self)
+        limit = self.kind.config.history
+        self._history = History(limit, len(given)) if limit else None
+        copies = [head.copied_buffers() for head in given]
+        for name, buffer in copies[0].items():
+            each = [copied[name] for copied in copies]
+            if any(other.shape != buffer.shape for other in each):
+                raise ValueError("the heads' outputs have had different labels; use structure='neuron'")
+            self.register_buffer(name, torch.stack(each))
+        self._engine = engines.batch_engine_for(self.kind)
+
+    def __len__(self) -> int:
+        return len(self.get_buffer("mean"))
+
+    def __getitem__(self, index: int) -> BayesianHead:
+        """A copy of the head of row ``index``."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"head {index} was asked for; there are {len(self)}")
+        head = BayesianHead(self.kind.in_features, self.kind.out_features, self.kind.config)
+        with self._lock:
+            head.to(self.get_buffer("mean").device)
+            head.load_state_dict(self._slice(index))
+        return head
+
+    def __setitem__(self, index: int, head: BayesianHead) -> None:
+        """Take over the posterior of a head of the same kind.
+
+        Raises:
+            ValueError: It is of another kind, or its outputs have had different labels.
+        """
+        if (head.in_features, head.out_features, head.config) != (
+            self.kind.in_features,
+            self.kind.out_features,
+            self.kind.config,
+        ):
+            raise ValueError(f"a head of this batch is a {self[0]!r}; got {head!r}")
+        new = head.copied_buffers()
+        with self._lock:
+            own = self._slice(index)
+            if any(own[name].shape != value.shape for name, value in new.items()):
+                raise ValueError("the head's outputs have had different labels; use structure='neuron'")
+            kept = self._known_buffers()
+            with signals_deferred():
+                replace_buffers(own, new)
+                if self._history is not None:
+                    self._history.forget(kept, index % len(self))
 
     def __iter__(self) -> Iterator[BayesianHead]:
-        return iter(self._modules.values())  # type: ignore[arg-type]
+        return (self[index] for index in range(len(self)))
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        spec = self.kind.spec
+        return (
+            f"{len(self)} heads, in_features={self.kind.in_features}, out_features={self.kind.out_features}, "
+            f"layers={len(spec.shapes)}, structure={spec.structure!r}, rule={self.kind.config.rule!r}"
+        )
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
-        """Predicted mean of each head's target ``(H, o)`` for its row of ``features`` ``(H, d)``."""
-        rows = self._rows(features)
-        with self._held() as stack:
-            if stack is None:
-                return torch.cat([head(row) for head, row in zip(self, rows.split(1), strict=True)])
-            logits = torch.from_numpy(stack.means(as_array(rows), self.threads))
-            scale = torch.from_numpy(stack["target_scale"].copy())
-        return torch.softmax(logits, dim=-1) if self[0].rule.link == "softmax" else logits * scale
+        """Mean of each head's outputs ``(H, o)`` for its row of ``features`` ``(H, d)``; logits with softmax."""
+        rows = self._rows(features, 1)
+        with self._lock:
+            found = None if self._engine is None else self._engine.predict_heads(self._buffers, rows, False)
+            mean = self._each(rows, 1, variances=False).mean if found is None else found.mean
+            return mean * self.get_buffer("target_scale")
 
-    @torch.no_grad()
     def predict(self, features: Tensor) -> Prediction:
         """Distribution of each head's target for its row of ``features`` ``(H, d)``."""
-        rows = self._rows(features)
-        with self._held() as stack:
-            if stack is None:
-                found = [head.predict(row) for head, row in zip(self, rows.split(1), strict=True)]
-                return Prediction(*(torch.cat(part) for part in zip(*found, strict=True)))
-            logits = Gaussian(*map(torch.from_numpy, stack.moments(as_array(rows), self.threads)))
-            noise_cov, scale = (torch.from_numpy(stack[name].copy()) for name in ("noise_cov", "target_scale"))
-        return of_targets(logits, self[0].rule.link, noise_cov, scale)
+        with self._lock, torch.no_grad():
+            mean, cov = self._logits(self._rows(features, 1), 1)
+            scale, noise = self.get_buffer("target_scale"), self.get_buffer("noise_cov")
+        if self.kind.rule.link == "softmax":
+            return Prediction(torch.softmax(mean, dim=-1), cov, "softmax", noise)
+        square = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        return Prediction(mean * scale, cov * square, "identity", noise * square)
+
+    def predict_logits(self, features: Tensor, each: int = 1) -> Gaussian:
+        """Distribution of each head's outputs for ``each`` successive rows of ``features`` ``(H each, d)``."""
+        with self._lock, torch.no_grad():
+            return self._logits(self._rows(features, each), each)
+
+    def epistemic_variance(self, features: Tensor, each: int = 1) -> Tensor:
+        """Variance of each output from the weights, ``(H each, o)``, in units of ``target_scale`` squared."""
+        return self.predict_logits(features, each).cov.diagonal(dim1=-2, dim2=-1)
 
     @torch.no_grad()
-    def predict_logits(self, features: Tensor, each: int = 1) -> Gaussian:
-        """Distribution of each head's logits for ``each`` successive rows of ``features`` ``(H each, d)``."""
-        rows = self._rows(features, each)
-        with self._held() as stack:
-            if stack is None:
-                blocks = [head.predict_logits(block) for head, block in zip(self, rows.split(each), strict=True)]
-                return Gaussian(torch.cat([block.mean for block in blocks]), torch.cat([block.cov for block in blocks]))
-            return Gaussian(*map(torch.from_numpy, stack.moments(as_array(rows), self.threads)))
-
-    def update(self, features: Tensor | Array, target: Tensor | Array, *, together: bool = False) -> BatchInfo:
+    def update(self, features: Rows, target: Rows, *, together: bool = False) -> BatchInfo:
         """Condition each head on its row; each either completes or changes nothing.
-
-        An interrupt leaves every head as it was before or as it is after its update.
 
         Args:
             features: Output of the encoder, ``(H, d)``.
-            target: ``(H, o)``; a head whose row holds a NaN has no label and stays as it is.
-            together: Whether all complete or none changes, at the price of reading the posteriors once more.
+            target: ``(H, o)``; a head whose row is all NaN has no label and stays as it is.
+            together: Whether all complete or none changes.
 
         Returns:
             A record of each head, and why a head has refused.
@@ -124,96 +221,172 @@ class HeadBatch(nn.ModuleList):
             ValueError: Wrong shape; with ``together`` also for an infinite entry.
             UpdateError: With ``together``, a result would not be a proper posterior.
         """
-        head, given = self[0], (as_array(features), as_array(target))
-        shapes = (len(self), head.in_features), (len(self), head.out_features)
+        given = checks.as_array(features), checks.as_array(target)
+        shapes = (len(self), self.kind.in_features), (len(self), self.kind.out_features)
         for name, array, shape in zip(("features", "target"), given, shapes, strict=True):
             if array.shape != shape:
                 raise ValueError(f"{name} have shape {array.shape}; expected {shape}, one row a head")
         rows, labels = given
         info = BatchInfo.empty(len(self))
-        wanted = np.flatnonzero(~np.isnan(labels).any(axis=1))
-        with self._held() as held:
-            stack = held if self._learns_in_one_call else None
-            if together:
-                self._learn_together(stack, wanted, rows, labels, info)
-            else:
-                left = wanted if stack is None else stack.learn(wanted, rows, labels, info, self.threads)
-                for index in left:  # what the machine code refuses takes the general way, which tells why
-                    self._learn_alone(int(index), rows, labels, info)
+        wanted = np.flatnonzero(~np.isnan(labels).all(axis=1))
+        with self._lock:
+            left = self._learn_fast(wanted, rows, labels, info, together)
+            plans: list[tuple[int, Plan]] = []
+            for index in left.tolist():
+                try:
+                    plans.append((index, self._planned(index, rows[index : index + 1], labels[index : index + 1])))
+                except ValueError as error:  # UpdateError is one
+                    if together:
+                        raise
+                    info.refused[index] = error
+            self._commit(plans)
+            for index, plan in plans:
+                info.put(index, plan.info)
         return info
 
-    def _learn_alone(self, index: int, rows: Array, labels: Array, info: BatchInfo) -> None:
-        try:
-            info.put(index, self[index].update(rows[index : index + 1], labels[index : index + 1]))
-        except ValueError as error:  # UpdateError is one
-            info.refused[index] = error
+    def _learn_fast(
+        self, wanted: npt.NDArray[Any], rows: Rows, labels: Rows, info: BatchInfo, together: bool
+    ) -> npt.NDArray[Any]:
+        """Learn by machine code where there is some; returns the heads that it leaves to the general way."""
+        if self._engine is None or self._history is not None or not len(wanted):
+            return wanted
+        found = self._engine.learn_heads(self._buffers, wanted, rows, labels, together)
+        if found is None:
+            return wanted
+        own, records = found
+        done = records[:, 3] == 1.0
+        if together and not done.all():
+            return wanted
+        used, record = wanted[done], records[done]
+        error = own[used] - record[:, 0]
+        info.innovation[used], info.nis[used] = abs(error), error * error / record[:, 2]
+        info.epistemic_variance[used], info.predictive_variance[used] = record[:, 1], record[:, 2]
+        info.labels[used], info.label_weight[used], info.dof[used] = 1, 1.0, math.inf
+        info.log_density[used] = -0.5 * (info.nis[used] + np.log(record[:, 2]) + LOG_TWO_PI)
+        left: npt.NDArray[Any] = wanted[~done]
+        return left
 
-    def _learn_together(
-        self, stack: HeadStack | None, wanted: Array, rows: Array, labels: Array, info: BatchInfo
-    ) -> None:
-        plan = None if stack is None else stack.plan(wanted, rows, labels, info, self.threads)
-        left = wanted if plan is None else wanted[~plan.done]
-        steps = [(int(i), self[int(i)].increment(rows[i : i + 1], labels[i : i + 1])) for i in left]
-        with interrupts_deferred():
-            if stack is not None and plan is not None:
-                stack.commit(plan, self.threads)
-            for index, step in steps:
-                self[index].apply_increment(step)
-                info.put(index, step.info)
+    def _planned(self, index: int, rows: Rows, labels: Rows) -> Plan:
+        own = self._slice(index)
+        plan = self.kind.planned(own, self.kind.checked(own, rows, labels))
+        if any(own[name].shape != value.shape for name, value in plan.buffers.items()):
+            raise ValueError(
+                "the label tells outputs apart (some have none), which heads of a batch with structure='shared' cannot "
+                "store; use structure='neuron'"
+            )
+        return plan
 
-    def _rows(self, features: Tensor, each: int = 1) -> Tensor:
-        expected = each * len(self), self[0].in_features
+    def _commit(self, plans: Sequence[tuple[int, Plan]]) -> None:
+        """Take over what was planned for some heads, all or none."""
+        own = {index: self._slice(index) for index, _ in plans}
+        records: list[tuple[int, Record]] = []
+        kept = self._known_buffers()
+        if self._history is not None:
+            names = ("mean", "noise_cov", "noise_labels") if self.kind.learns_noise else ("mean",)
+            forgets = self.kind.config.forgetting != "none"
+            for index, plan in plans:
+                before = {name: own[index][name].clone() for name in names}
+                cov = tuple(own[index][name] for name in self.kind.cov_names)
+                moves = moves_to_keep(self.kind.spec.structure, cov, plan.steps, forgets)
+                records.append((index, Record(moves, before, plan.rows)))
+        with signals_deferred():
+            for index, plan in plans:
+                replace_buffers(own[index], plan.buffers)
+            for index, record in records:
+                assert self._history is not None
+                self._history.add(kept, record, index)
+
+    def rollback(self, n: int = 1, index: int | None = None) -> int:
+        """Take back the last ``n`` updates of one head or of each, all or none; see ``BayesianHead.rollback``.
+
+        Args:
+            n: Updates to undo.
+            index: Which head; None for each of them.
+
+        Returns:
+            The labelled rows that these updates had used.
+
+        Raises:
+            TypeError: ``n`` is no whole number.
+            ValueError: Fewer updates are kept.
+            UpdateError: What is left would not be a proper posterior.
+        """
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"rollback takes a number of updates; got {n!r}")
+        if self._history is None:
+            raise ValueError(f"rollback({n}) on heads that keep no updates; make them with HeadConfig(history=...)")
+        with self._lock, torch.no_grad():
+            kept, undone = self._known_buffers(), []
+            for head in range(len(self)) if index is None else [index]:
+                own = self._slice(head)
+                state = HeadState(self.kind.spec, own["mean"], tuple(own[name] for name in self.kind.cov_names))
+                undo = self._history.plan(state, kept, n, head)
+                new = undo.buffers | dict(zip(self.kind.cov_names, undo.state.cov, strict=True))
+                undone.append((head, own, new | {"labels_seen": own["labels_seen"] - undo.rows}, undo.rows))
+            with signals_deferred():
+                for _, own, new, _ in undone:
+                    replace_buffers(own, new)
+                for head, *_ in undone:
+                    self._history.drop(kept, n, head)
+        return sum(rows for *_, rows in undone)
+
+    def _known_buffers(self) -> list[Tensor]:
+        """The buffers by which the history notices a foreign change; drops what is no longer true."""
+        kept = [buffer for buffer in self._buffers.values() if buffer is not None]
+        if self._history is not None:
+            self._history.current(kept)
+        return kept
+
+    def _slice(self, index: int) -> dict[str, Tensor]:
+        return {name: buffer[index] for name, buffer in self.named_buffers()}
+
+    def _logits(self, rows: Tensor, each: int) -> Gaussian:
+        found = None if self._engine is None else self._engine.predict_heads(self._buffers, rows)
+        if found is not None:
+            return found
+        mean, cov = self._each(rows, each)
+        return Gaussian(mean, torch.diag_embed(cov) if cov.ndim == 2 else cov)
+
+    def _each(self, rows: Tensor, each: int, variances: bool = True) -> Gaussian:
+        parts = []
+        for index, block in enumerate(rows.split(each)):
+            own = self._slice(index)
+            parts.append(self.kind.logits(own, self.kind.in_units(own, block), variances=variances))
+        return Gaussian(torch.cat([part.mean for part in parts]), torch.cat([part.cov for part in parts]))
+
+    def _rows(self, features: Tensor, each: int) -> Tensor:
+        expected = each * len(self), self.kind.in_features
         if tuple(features.shape) != expected:
             raise ValueError(f"features have shape {tuple(features.shape)}; expected {expected}, {each} row(s) a head")
         return features
 
-    @property
-    def _learns_in_one_call(self) -> bool:
-        head = self[0]
-        return head.out_features == 1 and head.noise_model is None and head.rule.condition in (measure, replace)
-
-    @contextmanager
-    def _held(self) -> Iterator[HeadStack | None]:
-        """The lock, and meanwhile the stack on which all heads are; None if no machine code serves them.
-
-        The stack is made anew when a head or a buffer was replaced. Not to be nested: who makes one takes
-        ``_stacking``, its own lock and those of the heads in this order, so that batches that share heads cannot wait
-        for each other.
-        """
-        code, heads = compiled.kernels(), tuple(self)
-        with self._lock:
-            if self._stack is not None and not self._stack.holds(heads):
-                self._stack = None
-            if self._stack is None and heads != self._known:
-                _check_kinds(heads)
-                self._known = heads
-            if code is None or self._stack is not None or not HeadStack.serves(heads):
-                yield None if code is None else self._stack
-                return
-        with _stacking, self._lock:
-            if self._stack is None or not self._stack.holds(heads):
-                self._stack = HeadStack(heads, code, self._lock)
-            yield self._stack
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take over the saved buffers of as many heads, all or none; see ``Posterior.load_state_dict``."""
-        check_fits(self, state_dict, strict)
-        return super().load_state_dict(state_dict, strict, assign)
+        """Take over saved buffers, all or none."""
+        return loading.load_whole(self, state_dict, strict)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, *lists: Any
+    ) -> None:
+        """As a part of another module, see ``Posterior``."""
+        loading.load_part(self, state_dict, prefix, strict, *lists)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadBatch:
+        """Follow a change of device, but never of dtype."""
+        moved = {name: checks.moved(buffer, fn(buffer).device) for name, buffer in self.named_buffers()}
+        with self._lock, signals_deferred():
+            self._buffers.update(moved)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_stack": None}
+        with self._lock:
+            buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        history = None if self._history is None else self._history.fresh()
+        state = {**self.__dict__, "_history": history, "_buffers": buffers, "_engine": None}
         del state["_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.RLock()
-
-
-def _check_kinds(heads: tuple[BayesianHead, ...]) -> None:
-    """Raise ValueError unless these are different heads of one kind."""
-    kinds = {(type(head), head.in_features, head.out_features, head.config) for head in heads}
-    if len(kinds) > 1:
-        raise ValueError(f"the heads of a batch must be of one kind; got {len(kinds)} sizes or configurations")
-    if len(set(map(id, heads))) < len(heads):
-        raise ValueError("a head is in the batch twice; each row of a batch has a head of its own (copy.deepcopy)")
+        register_writer(self)
+        self._engine = engines.batch_engine_for(self.kind)

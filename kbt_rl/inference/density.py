@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+from kbt_rl.inference.types import Array
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
 

@@ -7,21 +7,26 @@ class UpdateError(ValueError):
     """An update was refused before anything changed; the old posterior stands."""
 
 
-class NegativeVarianceError(UpdateError):
-    """The update would make a weight variance negative."""
-
-
 class NotPositiveDefiniteError(UpdateError):
-    """A matrix that has to be positive definite is not.
+    """A covariance that has to be positive definite is not, or not by more than its rounding.
 
     Args:
         name: Which matrix.
         smallest: Its smallest eigenvalue, NaN if the matrix is not finite.
+        largest: Its largest eigenvalue.
     """
 
-    def __init__(self, name: str, smallest: float) -> None:
-        super().__init__(
-            f"{name} is not positive definite: its smallest eigenvalue is {smallest:.3g}. The posterior is unchanged. "
-            "Raise the noise variance (repeated rows without noise are singular), or check the features for NaN."
-        )
+    def __init__(self, name: str, smallest: float, largest: float = float("nan")) -> None:
+        if smallest != smallest:
+            found = "holds NaN or infinity; check features and target for huge values"
+        elif smallest > 0.0:
+            found = (
+                f"has eigenvalues from {smallest:.3g} to {largest:.3g}, too far apart for float64; raise the noise "
+                "variance, or scale the features"
+            )
+        else:
+            found = (
+                f"has the eigenvalue {smallest:.3g}; raise the noise variance, as repeated rows without noise do this"
+            )
+        super().__init__(f"{name} {found}. The posterior is unchanged.")
         self.name, self.smallest = name, smallest

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
 
-import numpy.typing as npt
-from torch import Tensor
+import torch
 
 from kbt_rl.inference.head import BayesianHead
-
-Rows = Tensor | npt.NDArray[Any]
+from kbt_rl.inference.types import Rows
 
 
 def sequential_log_density(head: BayesianHead, batches: Iterable[tuple[Rows, Rows]]) -> float:
@@ -38,6 +35,13 @@ def sequential_log_density(head: BayesianHead, batches: Iterable[tuple[Rows, Row
     """
     learner, total = copy.deepcopy(head), 0.0
     for features, targets in batches:
-        info = learner.update(features, targets)
-        total += info.log_density - (info.labels // learner.out_features) * learner.log_scale
+        total += learner.update(features, targets).log_density - _log_units(learner, targets)
     return total
+
+
+def _log_units(head: BayesianHead, targets: Rows) -> float:
+    """What takes a log density of these targets from the head's units into their own; entries of NaN have none."""
+    if head.rule.link == "softmax":
+        return 0.0
+    given = ~torch.isnan(torch.as_tensor(targets, dtype=torch.float64, device=head.target_scale.device))
+    return float(given.sum(0).double() @ head.target_scale.log())

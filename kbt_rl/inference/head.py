@@ -1,74 +1,330 @@
 """The Bayesian head: a pre-trained linear layer turned into a Gaussian network that learns sample by sample.
 
-``BayesianHead`` converts at the border, between the caller's units and those of its posterior (its base class); the
-mathematics is in the pure functions of this package.
+It converts at the border, between the caller's units and those of its posterior (its base class); the mathematics is in
+``network``. ``planned`` serves ``HeadBatch`` too.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy.typing as npt
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
-from kbt_rl.inference import compiled
-from kbt_rl.inference import update as functional
-from kbt_rl.inference.acting import ActingView, acting_view, view_mean
+from kbt_rl.inference import checks, network
+from kbt_rl.inference import engine as engines
 from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.covariance.base import Cov
+from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.errors import UpdateError
-from kbt_rl.inference.history import Before, Record, Undo
-from kbt_rl.inference.memory import Memory
-from kbt_rl.inference.moments import Gaussian, softmax_moments
-from kbt_rl.inference.output import Link, are_distributions
+from kbt_rl.inference.forgetting import FORGETTING
+from kbt_rl.inference.history import Record, Undo, moves_to_keep
+from kbt_rl.inference.likelihoods import LIKELIHOODS, Likelihood
+from kbt_rl.inference.noise import NOISES, ConjugateNoise, NoiseBelief, NoiseModel
 from kbt_rl.inference.posterior import Posterior
-from kbt_rl.inference.record import LARGEST, Increment, UpdateInfo, merge
-from kbt_rl.inference.rows import row_step
-from kbt_rl.inference.state import HeadState
+from kbt_rl.inference.prediction import Prediction
+from kbt_rl.inference.prior import prior_layers
+from kbt_rl.inference.transactions import replace_buffers, signals_deferred
+from kbt_rl.inference.types import (
+    Gaussian,
+    HeadSpec,
+    HeadState,
+    Increment,
+    NoiseEstimate,
+    Rows,
+    Tensors,
+    UpdateInfo,
+    merge,
+)
 
-Array = npt.NDArray[Any]
-# A version of the posterior, what acting needs of it, and the machine code that acts by it.
-Published = tuple[tuple[HeadState, int], ActingView, compiled.RowActor | None]
-# Rows that act one by one in machine code; more of them share a matrix product.
+# Rows of one joint update: the ReLU covariance has (rows x width)^2 entries.
+MAX_JOINT_ROWS = 32
+# Prior variance of the weights of a softmax layer that starts from zeros, and else over the mean square of its weights.
+LAYER_OF_ZEROS, OF_LAYER = 20.0, 0.2
+# Rows whose mean machine code predicts one by one.
 _FEW_ROWS = 16
+Buffers = MutableMapping[str, Any]
 
 
-class Prediction(NamedTuple):
-    """Distribution of the target for each row: mean ``(N, o)``, covariances ``(N, o, o)``.
+class Labels(NamedTuple):
+    """Rows to learn from, in the head's units: features ``(B, d)``, target and perhaps noise variances ``(B, o)``."""
 
-    The predictive covariance is ``epistemic + aleatoric``: what the weights do not know, and what no weights can know.
-    With the softmax link the mean is the class probabilities.
+    features: Tensor
+    target: Tensor
+    noise: Tensor | None
+
+
+class Plan(NamedTuple):
+    """What an update would do: all that can fail is behind it, and what is left is to copy.
+
+    Attributes:
+        buffers: Their values after it.
+        steps: Its increments, one after another.
+        info: The record.
+        rows: Labelled rows used.
     """
 
-    mean: Tensor
-    epistemic: Tensor
-    aleatoric: Tensor
+    buffers: dict[str, Tensor]
+    steps: list[Increment]
+    info: UpdateInfo
+    rows: int
 
 
-def of_targets(logits: Gaussian, link: Link, noise_cov: Tensor, target_scale: Tensor) -> Prediction:
-    """The distribution of the targets from that of the logits ``(N, o)``.
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What of a head never changes: its sizes and configuration, and what follows from them."""
 
-    Args:
-        logits: In the head's units.
-        link: Of the head's rule.
-        noise_cov: ``(o, o)``, or one for each row, in the head's units.
-        target_scale: ``(o,)``, or one for each row.
-    """
-    if link == "softmax":
-        moments = softmax_moments(logits)
-        return Prediction(moments.mean, moments.cov, moments.jacobian)
-    square = target_scale.unsqueeze(-1) * target_scale.unsqueeze(-2)
-    aleatoric = (noise_cov * square).expand_as(logits.cov)
-    return Prediction(logits.mean * target_scale, logits.cov * square, aleatoric)
+    in_features: int
+    out_features: int
+    config: HeadConfig
+    spec: HeadSpec
+    rho: float
+    rule: Likelihood
+    noise_model: NoiseModel | ConjugateNoise | None
+    cov_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, in_features: int, out_features: int, config: HeadConfig) -> Kind:
+        """The kind of a head of these sizes.
+
+        Raises:
+            ValueError: A size is no whole number of at least 1, or the configuration does not fit them.
+        """
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; a whole number, at least 1")
+        spec, rho = config.resolve(in_features, out_features)
+        noise_model = NOISES[config.noise](config, out_features, spec.in_noise_units)
+        names = tuple(f"cov_{index}" for index in range(STRUCTURES[spec.structure].count(spec.shapes)))
+        return cls(in_features, out_features, config, spec, rho, LIKELIHOODS[config.rule], noise_model, names)
+
+    @property
+    def learns_noise(self) -> bool:
+        """Whether the noise is estimated from the labels."""
+        return self.config.noise == "learned"
+
+    @property
+    def start_noise(self) -> float:
+        """Variance of the label noise before one was set."""
+        return self.config.noise_start if self.learns_noise else self.config.noise_variance
+
+    @property
+    def follows_layer(self) -> bool:
+        """Whether the prior goes by the layer that the head starts from."""
+        return self.config.last_variance is None and self.rule.link == "softmax"
+
+    def last_variance(self, buffers: Mapping[str, Any] | None = None) -> float:
+        """Prior variance of the last layer's weights."""
+        if self.follows_layer:
+            return LAYER_OF_ZEROS if buffers is None else float(buffers["last_variance"])
+        return 1.0 if self.config.last_variance is None else self.config.last_variance
+
+    def prior_cov(self, buffers: Mapping[str, Any] | None = None) -> Cov:
+        """Covariance of the prior, by what ``buffers`` say of the noise and of the layer that the head starts from."""
+        unit = self.start_noise
+        layers = prior_layers(
+            self.spec.shapes,
+            hidden_variance=self.config.hidden_variance,
+            last_variance=self.last_variance(buffers),
+            rho=self.rho,
+        )
+        if self.spec.in_noise_units:
+            unit = unit if buffers is None else float(buffers["noise_start_cov"].diagonal().mean())
+            layers = [layer._replace(root=layer.root / unit**0.5) for layer in layers]
+        return STRUCTURES[self.spec.structure].from_prior(layers)
+
+    def variance_of(self, weight: Tensor) -> Tensor:
+        """Prior variance of the weights of a softmax layer that starts from ``weight``, see ``HeadConfig``."""
+        square = weight.square().mean()
+        return torch.where(square > 0.0, OF_LAYER * square, LAYER_OF_ZEROS)
+
+    def tensors(self) -> Tensors:
+        """The buffers of a new head, whose weights are zero."""
+        d, o, float64 = self.in_features, self.out_features, torch.float64
+        noise = torch.diag(torch.full((o,), self.start_noise, dtype=float64))
+        tensors: Tensors = {"mean": torch.zeros(sum(self.spec.sizes), dtype=float64)}
+        tensors |= dict(zip(self.cov_names, self.prior_cov(), strict=True))
+        tensors |= {"feature_mean": torch.zeros(d, dtype=float64), "feature_scale": torch.ones(d, dtype=float64)}
+        if self.spec.structure == "rotated":
+            tensors["feature_basis"] = torch.eye(d, dtype=float64)
+        tensors |= {"target_scale": torch.ones(o, dtype=float64), "labels_seen": torch.zeros((), dtype=torch.int64)}
+        tensors["prior_mean"] = torch.zeros_like(tensors["mean"])
+        if self.follows_layer:
+            tensors["last_variance"] = torch.tensor(LAYER_OF_ZEROS, dtype=float64)
+        tensors["noise_cov"] = noise
+        if self.learns_noise:
+            tensors["noise_start_cov"] = noise.clone()
+            tensors["noise_labels"] = self.start_labels()
+        return tensors
+
+    def start_labels(self) -> Tensor:
+        """The labels' worth of trust that a learned noise starts with."""
+        shape = (self.out_features,) if self.spec.in_noise_units else ()
+        return torch.full(shape, self.config.noise_labels, dtype=torch.float64)
+
+    def state(self, buffers: Buffers) -> HeadState:
+        """The posterior in these buffers; shares their memory."""
+        return HeadState(self.spec, buffers["mean"], tuple([buffers[name] for name in self.cov_names]))
+
+    def rows(self, buffers: Buffers, features: Rows) -> Tensor:
+        """Features to learn from as a tensor ``(B, d)``."""
+        rows = _tensor(features, buffers["mean"])
+        if rows.ndim != 2 or rows.shape[1] != self.in_features or len(rows) == 0:
+            raise ValueError(f"features have shape {tuple(rows.shape)}; expected (rows >= 1, {self.in_features})")
+        return rows
+
+    def in_units(self, buffers: Buffers, features: Rows) -> Tensor:
+        """Features ``(..., d)`` in float64, centred, scaled and rotated as at pre-training."""
+        rows: Tensor = _tensor(features, buffers["mean"])
+        if rows.ndim == 0 or rows.shape[-1] != self.in_features:
+            raise ValueError(f"features have shape {tuple(rows.shape)}; expected (rows, {self.in_features})")
+        rows = (rows - buffers["feature_mean"]) / buffers["feature_scale"]
+        if "feature_basis" in buffers:
+            rows = rows @ buffers["feature_basis"]
+        return rows
+
+    def checked(self, buffers: Buffers, features: Rows, target: Rows, noise: Rows | None = None) -> Labels:
+        """The rows that have a label, in the head's own units."""
+        like = buffers["mean"]
+        rows, labels = self.rows(buffers, features), _tensor(target, like)
+        classes = self.rule.link == "softmax"
+        if classes and labels.ndim == 1 and checks.is_whole(target):
+            labels = checks.one_hot(labels, self.out_features)
+        if labels.shape != (len(rows), self.out_features):
+            whole = f", or whole numbers ({len(rows)},)" if classes else ""
+            raise ValueError(
+                f"target has shape {tuple(labels.shape)}; expected {(len(rows), self.out_features)}{whole}, one row a "
+                "row of features"
+            )
+        variances = None if noise is None else checks.noise_rows(self.rule.link, _tensor(noise, like), labels)
+        given = ~torch.isnan(labels).all(dim=1)
+        if not bool(given.all()):
+            rows, labels = rows[given], labels[given]
+            variances = None if variances is None else variances[given]
+        square = buffers["target_scale"].square()
+        rows, labels = self.in_units(buffers, rows), labels / buffers["target_scale"]
+        _check_size(rows, labels)
+        if classes:
+            labels = checks.distributions(labels, target)
+        return Labels(rows, labels, None if variances is None else variances / square)
+
+    @property
+    def propagate(self) -> network.Propagation:
+        """Distribution of the outputs of this head's layers."""
+        return network.PROPAGATIONS[self.config.propagation]
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether rows are learned one after another, which for a single layer with known noise is the joint update."""
+        plain = self.noise_model is None and self.config.rule == "measure"
+        return len(self.spec.shapes) == 1 and plain and self.spec.feature_variance == 0.0
+
+    def planned(self, buffers: Buffers, labels: Labels, propagate: network.Propagation | None = None) -> Plan:
+        """What an update on labelled rows would do; changes nothing.
+
+        Up to 32 rows are one joint update, more are successive blocks of 32.
+        """
+        propagate = self.propagate if propagate is None else propagate
+        state, noise_cov = self.state(buffers), buffers["noise_cov"]
+        belief = self._belief(buffers)
+        each = self.conditions_each(noise_cov, belief)
+        size = 1 if each or self.one_by_one else MAX_JOINT_ROWS
+        count, weights = len(labels.features), _output_weights(buffers["target_scale"])
+        steps: list[Increment] = []
+        for start in range(0, count, size):
+            block = slice(start, start + size)
+            rows, target = labels.features[block], labels.target[block]
+            own = None if labels.noise is None else labels.noise[block]
+            if own is not None and belief is not None:
+                raise ValueError("a noise of each label is for heads whose noise is known and Gaussian")
+            if each:
+                noise = noise_cov.diagonal() if own is None else own[0]
+                active = self.config.active_probability
+                step = network.increment_each(state, rows, target, self.rule, noise, belief, weights, active)
+            else:
+                noise = noise_cov if own is None else torch.diag_embed(own)
+                step = network.increment(state, rows, target, self.rule, noise, belief, weights, propagate)
+            state = network.apply(state, step)
+            steps.append(step)
+            if belief is not None and step.noise is not None:  # the next block knows what this one has learned
+                belief = NoiseBelief(belief.model, step.noise)
+                noise_cov = torch.from_numpy(step.noise.cov).to(noise_cov)
+        if steps and self.config.forgetting != "none":
+            prior = HeadState(self.spec, buffers["prior_mean"], self.prior_cov(buffers))
+            state = FORGETTING[self.config.forgetting](state, prior, self.config.forgetting_rate)
+        return self.plan(buffers, state, steps, None if belief is None else belief.estimate)
+
+    def plan(self, buffers: Buffers, state: HeadState, steps: list[Increment], noise: NoiseEstimate | None) -> Plan:
+        """What the buffers will be after ``steps``, which have led to ``state``."""
+        rows = sum([step.rows for step in steps])
+        info = steps[0].info if len(steps) == 1 else merge([step.info for step in steps])
+        new = {"mean": state.mean, "labels_seen": buffers["labels_seen"] + rows}
+        new |= dict(zip(self.cov_names, state.cov, strict=True))
+        if self.learns_noise and noise is not None:
+            like = buffers["noise_cov"]
+            new |= {
+                "noise_cov": torch.from_numpy(noise.cov).to(like),
+                "noise_labels": torch.as_tensor(noise.labels).to(like),
+            }
+        return Plan(new if steps else {}, steps, info, rows)
+
+    def logits(
+        self,
+        buffers: Buffers,
+        rows: Tensor,
+        *,
+        variances: bool = True,
+        propagate: network.Propagation | None = None,
+    ) -> Gaussian:
+        """Distribution of the outputs for rows ``(N, d)`` in the head's own units, each on its own.
+
+        Returns:
+            Mean ``(N, o)``, and the covariance ``(N, o, o)``, or variances ``(N, o)`` where outputs are independent; in
+            units of the target's scale.
+        """
+        state = self.state(buffers)
+        structure = STRUCTURES[self.spec.structure]
+        if not (structure.independent_outputs and len(self.spec.shapes) == 1 and self.spec.feature_variance == 0.0):
+            return network.predict_logits(state, rows, self.propagate if propagate is None else propagate)
+        inputs = network.augment(rows)
+        mean = inputs @ network.weights_of(state)[0].mT
+        if not variances:
+            return Gaussian(mean, torch.zeros_like(mean))
+        own = structure.output_variances(state, inputs)
+        if self.spec.in_noise_units:
+            root = own.sqrt()
+            return Gaussian(mean, root.unsqueeze(-1) * buffers["noise_cov"] * root.unsqueeze(-2))
+        return Gaussian(mean, own)
+
+    def _belief(self, buffers: Buffers) -> NoiseBelief | None:
+        """What is thought of the noise, as a copy; None where it is known and Gaussian."""
+        if self.noise_model is None:
+            return None
+        labels = buffers["noise_labels"].cpu().numpy().copy() if self.learns_noise else math.inf
+        return NoiseBelief(self.noise_model, NoiseEstimate(buffers["noise_cov"].cpu().numpy().copy(), labels))
+
+    def conditions_each(self, noise_cov: Tensor, belief: NoiseBelief | None) -> bool:
+        """Whether each output of this head is conditioned on its own."""
+        spec, rule = self.spec, self.rule
+        if not STRUCTURES[spec.structure].independent_outputs or len(spec.shapes) > 1 or spec.feature_variance != 0.0:
+            return False
+        if spec.structure == "shared":
+            return True
+        if belief is not None or not rule.has_each:
+            return False
+        return rule.link == "softmax" or bool(torch.equal(noise_cov.diagonal().diag(), noise_cov))
 
 
 class BayesianHead(Posterior):
     """Gaussian posterior over the weights of a small ReLU network that starts as a pre-trained linear layer.
 
-    One thread may learn while others predict: a prediction is that of one posterior, never of half an update. Two
-    threads must not learn at the same time, and ``state`` and ``state_dict`` are the live memory.
+    Threads may learn and predict at the same time: they wait for each other. ``state`` and ``state_dict`` are the live
+    memory. As a layer of a network it returns the mean of its outputs, logits with the softmax link, without gradient.
 
     Args:
         in_features: Number of features ``d``.
@@ -82,8 +338,9 @@ class BayesianHead(Posterior):
     """
 
     def __init__(self, in_features: int, out_features: int, config: HeadConfig | None = None) -> None:
-        super().__init__(in_features, out_features, config)
-        self._published: Published | None = None
+        super().__init__(Kind.of(in_features, out_features, HeadConfig() if config is None else config))
+        self._engine = engines.engine_for(self.kind)
+        self._loss, self._warned = 1.0, False  # of labels, in units of guessing
 
     @classmethod
     def from_linear(
@@ -93,6 +350,7 @@ class BayesianHead(Posterior):
         *,
         feature_mean: Tensor | None = None,
         feature_scale: Tensor | None = None,
+        feature_basis: Tensor | None = None,
         target_scale: Tensor | None = None,
     ) -> BayesianHead:
         """A head whose predicted mean equals ``linear`` for every prior variance.
@@ -102,173 +360,203 @@ class BayesianHead(Posterior):
             config: See ``HeadConfig``.
             feature_mean: Mean of the features in pre-training, ``(d,)``; the head learns on centred features.
             feature_scale: Scale of the features in pre-training, ``(d,)``, positive.
+            feature_basis: Eigenvectors of the scaled features' covariance, one a column, ``(d, d)``, for the structure
+                ``rotated``.
             target_scale: Scale of each target, ``(o,)``, positive; the config's variances are in units of its square.
         """
         head = cls(linear.in_features, linear.out_features, config).to(linear.weight.device)
         bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
         head.reset(
-            linear.weight, bias, feature_mean=feature_mean, feature_scale=feature_scale, target_scale=target_scale
+            linear.weight,
+            bias,
+            feature_mean=feature_mean,
+            feature_scale=feature_scale,
+            feature_basis=feature_basis,
+            target_scale=target_scale,
         )
         return head
 
     @torch.no_grad()
-    def forward(self, features: Tensor) -> Tensor:
-        """Predicted mean of the target, ``(N, o)``, for features ``(N, d)``; class probabilities with softmax."""
-        logits = self._mean_logits(features)
-        return torch.softmax(logits, dim=-1) if self.rule.link == "softmax" else logits * self.target_scale
+    def forward(self, features: Rows) -> Tensor:
+        """Mean of the outputs, ``(..., o)``, for features ``(..., d)``, in the features' floating dtype.
 
-    def _mean_logits(self, features: Tensor) -> Tensor:
-        """Mean of the last layer's output, ``(N, o)``, by the shortest way."""
-        if len(self.spec.shapes) > 2:
-            return self.predict_logits(features).mean
-        memory = self._memory()
-        _, view, actor = self._publish(memory)
-        if actor is None or not 0 < len(features) <= _FEW_ROWS or features.shape[1:] != (self.in_features,):
-            return view_mean(view, self.standardise(features))
-        return torch.from_numpy(actor(memory.centre, memory.scale, memory.rows(features)))
-
-    def predict(self, features: Tensor) -> Prediction:
-        """Distribution of the target for each row of ``features``, ``(N, d)``."""
-        if self.rule.link == "softmax":
-            return of_targets(self.predict_logits(features), "softmax", self.noise_cov, self.target_scale)
-        with self._lock:
-            memory = self._memory()
-            mean, epistemic = self._moments(memory, features, memory.outputs)
-            aleatoric = memory.noise_of_target()
-        return Prediction(mean, epistemic, aleatoric.expand_as(epistemic))
-
-    def predict_logits(self, features: Tensor) -> Gaussian:
-        """Distribution of the last layer's output for each row, before the link and in units of ``target_scale``."""
-        with self._lock:
-            memory = self._memory()
-            return self._moments(memory, features, memory.ones)
-
-    def _moments(self, memory: Memory, features: Tensor, outputs: Any) -> Gaussian:
-        """Distribution of the last layer's output, times ``outputs`` ``(o,)``, by the shortest way; under the lock."""
-        with torch.no_grad():
-            found = memory.predict(features, outputs)
-            if found is not None:
-                return found
-            logits = functional.predict_logits(memory.state, self.standardise(features))
-            scale = torch.as_tensor(outputs)
-            return Gaussian(logits.mean * scale, logits.cov * (scale.unsqueeze(-1) * scale))
+        With the softmax link these are logits, so that a head can take the place of a model's last layer.
+        """
+        like = features.dtype if isinstance(features, Tensor) and features.is_floating_point() else torch.float64
+        return self.mean_outputs(features).to(like)
 
     @torch.no_grad()
-    def view(self) -> ActingView:
-        """What acting needs, as a copy; ``standardise`` its features and multiply its mean by ``target_scale``.
+    def mean_outputs(self, features: Rows) -> Tensor:
+        """``forward`` in float64, with a row for each row of features."""
+        features = features if isinstance(features, Tensor) else checks.as_array(features)
+        lead = features.shape[:-1]
+        with self._lock:
+            found = self._fast_mean(features)
+            if found is None:
+                rows = self.kind.in_units(self._buffers, features).reshape(-1, self.in_features)
+                found = self.kind.logits(self._buffers, rows, variances=False, propagate=self._propagation()).mean
+            return found.view(*lead, self.out_features) * self.target_scale
 
-        It is of the view that the head itself acts by, which is made once after each change of the posterior, while
-        none is under way, and swapped in by one assignment, so that whoever acts in another thread never sees half an
-        update and mostly does not wait.
+    def _propagation(self) -> network.Propagation:
+        """Distribution of the outputs; a head of another network overrides this."""
+        return self.kind.propagate
+
+    def _fast_mean(self, features: Rows) -> Tensor | None:
+        """By machine code, for a few rows: many share a matrix product."""
+        if self._engine is None or features.ndim != 2 or not 0 < len(features) <= _FEW_ROWS:
+            return None
+        found = self._engine.predict(self._buffers, features, False)
+        return None if found is None else found.mean
+
+    def predict(self, features: Rows, *, moderated: bool = False) -> Prediction:
+        """Distribution of the target for each row of ``features``, ``(N, d)``.
+
+        Args:
+            features: Output of the encoder.
+            moderated: With the softmax link, whether the probabilities are less sure where the weights are: all logits
+                of a row are divided by ``sqrt(1 + pi/8 sum_k p_k s_k)`` (MacKay 1992, with one factor for all classes).
         """
-        return self._publish(self._memory())[1].clone()
+        with self._lock, torch.no_grad():
+            logits = self._logits(features)
+            scale, noise = self.target_scale, self.noise_cov
+            if self.rule.link == "softmax":
+                mean = logits.mean
+                if moderated:
+                    own = logits.cov if logits.cov.ndim == 2 else logits.cov.diagonal(dim1=-2, dim2=-1)
+                    spread = (torch.softmax(mean, dim=-1) * own).sum(-1, keepdim=True)
+                    mean = mean / (1.0 + math.pi / 8.0 * spread).sqrt()
+                return Prediction(torch.softmax(mean, dim=-1), logits.cov, "softmax", noise)
+            square = scale.unsqueeze(-1) * scale
+            cov = logits.cov * (scale.square() if logits.cov.ndim == 2 else square)
+            return Prediction(logits.mean * scale, cov, "identity", noise * square)
 
-    def _acting_view(self) -> ActingView:
-        """A view of the posterior as it is; a head that acts in another way than by its moments overrides this."""
-        return acting_view(self.state)
+    def predict_logits(self, features: Rows) -> Gaussian:
+        """Distribution of the outputs for each row, before the link and in units of ``target_scale``: ``(N, o, o)``."""
+        with self._lock, torch.no_grad():
+            mean, cov = self._logits(features)
+        return Gaussian(mean, torch.diag_embed(cov) if cov.ndim == 2 else cov)
 
-    def _publish(self, memory: Memory) -> Published:
-        state = memory.state
-        published = self._published
-        if published is None or published[0] != (state, state.mean._version):
-            with self._lock:
-                version, view = (state, state.mean._version), self._acting_view()
-                published = self._published = version, view, compiled.actor(view)
-        return published
+    def epistemic_variance(self, features: Rows) -> Tensor:
+        """Variance of each output from the weights, ``(N, o)``, in units of ``target_scale`` squared; of logits too."""
+        with self._lock, torch.no_grad():
+            cov = self._logits(features).cov
+        return cov if cov.ndim == 2 else cov.diagonal(dim1=-2, dim2=-1)
 
-    def increment(self, features: Tensor | Array, target: Tensor | Array) -> Increment:
-        """What one joint update on rows ``(B, d)`` with targets ``(B, o)``, B up to 32, would add to the posterior.
+    def _logits(self, features: Rows) -> Gaussian:
+        features = features if isinstance(features, Tensor) else checks.as_array(features)
+        if self._engine is not None and features.ndim == 2 and len(features) > 0:
+            found = self._engine.predict(self._buffers, features)
+            if found is not None:
+                return found
+        rows = self.kind.in_units(self._buffers, features)
+        if rows.ndim != 2:
+            raise ValueError(f"features have shape {tuple(rows.shape)}; expected (rows, {self.in_features})")
+        return self.kind.logits(self._buffers, rows, propagate=self._propagation())
+
+    @torch.no_grad()
+    def increment(self, features: Rows, target: Rows, noise: Rows | None = None) -> Increment:
+        """What one update on rows ``(B, d)`` with targets ``(B, o)``, B up to 32, would add to the posterior.
+
+        For a single layer with independent outputs it is one row.
 
         Raises:
             ValueError: Wrong shape, or not finite.
             UpdateError: The result would not be a proper posterior.
         """
-        rows, labels = self._checked(features, target)
-        if len(rows) > functional.MAX_JOINT_ROWS:
+        with self._lock:
+            labels = self.kind.checked(self._buffers, features, target, noise)
+            plan = self.kind.planned(self._buffers, labels, self._propagation())
+        if len(plan.steps) != 1 or self.config.forgetting != "none":
             raise ValueError(
-                f"{len(rows)} rows in one joint update; at most {functional.MAX_JOINT_ROWS} (update() splits "
-                "longer batches into successive blocks)"
+                f"{plan.rows} labelled rows make {len(plan.steps)} increments of this head, each of which starts where "
+                f"the one before ends; pass 1 to {MAX_JOINT_ROWS} that are learned jointly, or use update()"
             )
-        memory = self._memory()
-        return functional.increment(
-            memory.state, torch.as_tensor(rows), torch.as_tensor(labels), self.rule, memory.noise_cov, memory.belief(),
-            memory.weights(),
-        )  # fmt: skip
+        return plan.steps[0]
 
+    @torch.no_grad()
     def apply_increment(self, step: Increment) -> None:
         """Add an increment to the posterior, in place, and take over what it makes of the noise.
 
+        It must have been computed for the posterior as it is.
+
         Raises:
             ValueError: It is of a head with other weights.
-            UpdateError: A variance would be negative, as it was computed for another state of the posterior.
         """
-        memory, rows = self._memory(), step.info.labels // self.out_features
-        functional.check_fits(memory.state, step)
-        before = self._before()
-        with self._changing():
-            functional.apply(memory.state, step)
-            memory.keep(step.noise)
-            memory.labels_seen += rows
-            self._remember([step], before, rows)
+        if step.mean_step.shape != self.mean.shape:
+            raise ValueError(
+                f"the increment has a step of shape {tuple(step.mean_step.shape)}; expected {tuple(self.mean.shape)}: "
+                "it is of another head"
+            )
+        with self._lock:
+            state = network.apply(self.kind.state(self._buffers), step)
+            self._commit(self.kind.plan(self._buffers, state, [step], step.noise))
 
-    def update(self, features: Tensor | Array, target: Tensor | Array) -> UpdateInfo:
+    def update(self, features: Rows, target: Rows, noise: Rows | None = None) -> UpdateInfo:
         """Condition the posterior on labelled rows; either completes or changes nothing.
-
-        Up to 32 rows are one joint update; longer batches are successive blocks of 32, computed on a copy.
 
         Args:
             features: Output of the encoder, ``(B, d)``.
-            target: What the outputs should have been, ``(B, o)``; one-hot rows or distributions with softmax.
+            target: What the outputs should have been, ``(B, o)``; an entry of NaN has no label. With the softmax link
+                one-hot rows or distributions, or class indices ``(B,)`` of an integer type, -100 for none.
+            noise: Variance of each label, ``(B,)`` or ``(B, o)``, in squared target units, where it is not that of
+                ``set_noise``.
 
         Returns:
-            The record of the update in units of ``target_scale``, over all blocks where there are several.
+            The record of the update in units of ``target_scale``.
+
+        Raises:
+            ValueError: Wrong shape, or not finite.
+            UpdateError: The result would not be a proper posterior.
         """
         with self._lock:
-            memory = self._memory()
-            done = memory.learn(features, target)
-        if done is not None:
-            return done
-        all_rows, all_labels = self._checked(features, target)
-        count, before = len(all_rows), self._before()
-        # What may need a repair goes by the increment that can hold one.
-        few = functional.is_moved_by_rows(memory.state, count * self.out_features)
-        engine = memory.state.engine if few and not memory.state.least_quotient else None
-        if engine is not None and engine.takes(count, self.out_features):
-            belief = None if memory.noise_model is None else memory.belief()
-            row = row_step(engine, all_rows, all_labels, self.rule, memory.noise_cov, belief, memory.weights())
-            with self._changing():
-                engine.commit(row.mean_step, row.factor, row.signs)
-                memory.keep(row.noise)
-                memory.labels_seen += count
-                if before is not None:
-                    self._remember([row.as_increment()], before, count)
-            return row.info
-        successive = count > functional.MAX_JOINT_ROWS
-        state = memory.state.clone() if successive else memory.state
-        steps: list[Increment] = []
-        noise_cov, belief, weights = memory.noise_cov, memory.belief(), memory.weights()
-        blocks = (torch.as_tensor(values).split(functional.MAX_JOINT_ROWS) for values in (all_rows, all_labels))
-        for rows, labels in zip(*blocks, strict=True):
-            step = functional.increment(state, rows, labels, self.rule, noise_cov, belief, weights)
-            if successive:
-                functional.apply(state, step)
-            steps.append(step)
-            if belief is not None and step.noise is not None:  # the next block knows what this one has learned
-                belief = belief._replace(estimate=step.noise)
-                noise_cov = torch.from_numpy(step.noise.cov).to(noise_cov)
-        info = merge([step.info for step in steps]) if successive else steps[0].info
-        with self._changing():
-            if successive:
-                functional.overwrite(memory.state, state)
-            else:
-                functional.apply(state, steps[0])
-            memory.keep(None if belief is None else belief.estimate)
-            memory.labels_seen += count
-            self._remember(steps, before, count)
-        return info
+            if self._engine is not None and noise is None and self._history is None:
+                done = self._engine.learn(self._buffers, features, target)
+                if done is not None:
+                    self._watch(done)
+                    return done
+            with torch.no_grad():
+                labels = self.kind.checked(self._buffers, features, target, noise)
+                plan = self.kind.planned(self._buffers, labels, self._propagation())
+                self._commit(plan)
+            self._watch(plan.info)
+        return plan.info
+
+    def _watch(self, info: UpdateInfo) -> None:
+        """Warn once of a posterior that runs away: it predicts classes far worse than by chance, label after label."""
+        if self.kind.rule.link != "softmax" or not info.labels:
+            return
+        chance = math.log(self.out_features)
+        loss = -info.log_density * self.out_features / info.labels / chance
+        self._loss += (min(loss, 100.0) - self._loss) / 32.0
+        if self._loss > 10.0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the posterior runs away: over the last labels its log loss is {self._loss:.0f} times that of "
+                f"guessing (rule {self.config.rule!r}). Rules as printed, forgetting without bound ('fading', "
+                "forget()) and too wide a prior do this; use rule='laplace', a smaller last_variance, and "
+                "'process_noise' or 'towards_prior' to forget",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _commit(self, plan: Plan) -> None:
+        record = None
+        if self._history is not None and plan.rows:
+            self._history.current(self._kept_buffers())
+            names = ("mean", "noise_cov", "noise_labels") if self.learns_noise else ("mean",)
+            before = {name: self._buffers[name].clone() for name in names}  # type: ignore[union-attr]
+            forgets = self.config.forgetting != "none"
+            record = Record(moves_to_keep(self.spec.structure, self._cov(), plan.steps, forgets), before, plan.rows)
+        with signals_deferred():
+            replace_buffers(self._buffers, plan.buffers)
+            if record is not None and self._history is not None:
+                self._history.add(self._kept_buffers(), record)
+
+    def _kept_buffers(self) -> list[Tensor]:
+        return [buffer for buffer in self._buffers.values() if buffer is not None]
 
     def rollback(self, n: int = 1) -> int:
-        """Take back the last ``n`` updates: all of them, or, with an error, none.
+        """Take back the last ``n`` updates: all of them or, with an error, none.
 
         An update is a call of ``update`` or ``apply_increment``, whatever its rows. The means, a learned noise and
         ``labels_seen`` become what they were before, the covariance to rounding. What a head remembers is its own:
@@ -286,14 +574,15 @@ class BayesianHead(Posterior):
             ValueError: Fewer updates are kept.
             UpdateError: What is left would not be a proper posterior.
         """
-        undo = self.plan_rollback(n)
-        self.apply_rollback(undo)
+        with self._lock:
+            undo = self.plan_rollback(n)
+            self.apply_rollback(undo)
         return undo.rows
 
     @property
     def undoable(self) -> int:
         """How many updates ``rollback`` could take back now."""
-        return 0 if self._history is None else self._history.current(self._memory())
+        return 0 if self._history is None else self._history.current(self._kept_buffers())
 
     def plan_rollback(self, n: int = 1) -> Undo:
         """What ``rollback`` would leave, for ``apply_rollback``; everything that can fail, and changes nothing."""
@@ -301,60 +590,54 @@ class BayesianHead(Posterior):
             raise TypeError(f"rollback takes a number of updates; got {n!r}")
         if self._history is None:
             raise ValueError(f"rollback({n}) on a head that keeps no updates; make it with HeadConfig(history=...)")
-        return self._history.plan(self._memory(), n)
+        with self._lock, torch.no_grad():
+            return self._history.plan(self.state, self._kept_buffers(), n)
 
     def apply_rollback(self, undo: Undo) -> None:
         """Take over what ``plan_rollback`` has found; nothing must have changed the posterior in between."""
-        memory = self._memory()
         assert self._history is not None
-        with self._changing():
-            functional.overwrite(memory.state, undo.state)
-            memory.keep(undo.noise)
-            memory.labels_seen -= undo.rows
-            # Views go by the version of the mean. Once more after the covariance, for those in another thread.
-            increment_version(memory.state.mean)
-            self._history.drop(memory, undo.updates)
-
-    def _before(self) -> Before | None:
-        """What the history keeps of the posterior in front of an update; nothing without a history."""
-        if self._history is None:
-            return None
-        memory = self._memory()
-        self._history.current(memory)
-        belief = memory.belief()
-        return Before(memory.state.mean.clone(), None if belief is None else belief.estimate)
-
-    def _remember(self, steps: list[Increment], before: Before | None, rows: int) -> None:
-        """Keep an update for ``rollback``."""
-        if self._history is not None and before is not None:
-            self._history.add(self._memory(), Record(steps, before, rows))
-
-    def _checked(self, features: Tensor | Array, target: Tensor | Array) -> tuple[Any, Any]:
-        """Features and target in the head's own units, or an error that says what came and what was expected.
-
-        On the CPU they are NumPy arrays, whose operations cost less per call than PyTorch's; elsewhere tensors.
-        """
-        memory = self._memory()
-        features, target = memory.take(features), memory.take(target)
-        if features.ndim != 2 or features.shape[1] != self.in_features or len(features) == 0:
-            raise ValueError(f"features have shape {tuple(features.shape)}; expected (rows >= 1, {self.in_features})")
-        if target.shape != (len(features), self.out_features):
-            raise ValueError(
-                f"target has shape {tuple(target.shape)}; expected {(len(features), self.out_features)}, one row a "
-                "row of features"
-            )
-        features, target = (features - memory.centre) / memory.scale, target / memory.outputs
-        largest = memory.largest(features, target)
-        if not math.isfinite(largest):
-            raise ValueError("features or target hold NaN or infinity; leave rows without a label out of the update")
-        if largest > LARGEST:
-            raise UpdateError(
-                f"features or target reach {largest:.3g} in the head's own units, and products of such numbers leave "
-                "float64; the posterior is unchanged. Check features and target for huge values."
-            )
-        if self.rule.link == "softmax" and not are_distributions(target).all():
-            raise ValueError("with the softmax link each target row is one-hot or a distribution: >= 0, sum 1")
-        return features, target
+        new = undo.buffers | dict(zip(self.kind.cov_names, undo.state.cov, strict=True))
+        with self._changing(), torch.no_grad():
+            self._take_over(new | {"labels_seen": self.labels_seen - undo.rows})
+            self._history.drop(self._kept_buffers(), undo.updates)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_published": None}  # what a copy acts by is made of its own buffers
+        return {**super().__getstate__(), "_engine": None}  # it is bound to these buffers
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._engine = engines.engine_for(self.kind)
+
+
+def _output_weights(scale: Tensor) -> Tensor | None:
+    """Squared scales of the outputs over their mean, ``(o,)``; None where they are equal."""
+    if bool((scale == scale[0]).all()):
+        return None
+    return scale.square() / scale.square().mean()
+
+
+def _tensor(values: Rows, like: Tensor) -> Tensor:
+    """Real numbers as a float64 tensor on the device of ``like``, detached."""
+    if isinstance(values, Tensor):
+        if values.is_complex():
+            raise TypeError(f"features or target hold {values.dtype}; expected real numbers")
+        return values.detach().to(like)
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError("features or target are a masked array, and its mask would be lost; use NaN for no label")
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"features or target hold {array.dtype}; expected real numbers")
+    return torch.from_numpy(np.array(array, dtype=np.float64, order="C")).to(like.device)
+
+
+def _check_size(features: Tensor, labels: Tensor) -> None:
+    """Raise an error for infinite or absurd numbers in rows that have a label."""
+    known = torch.nan_to_num(labels, nan=0.0, posinf=math.inf, neginf=-math.inf)
+    largest = float(features.abs().max() + known.abs().max()) if len(features) else 0.0
+    if not math.isfinite(largest):
+        raise ValueError("features or target hold NaN or infinity; leave rows without a label out of the update")
+    if largest > network.LARGEST:
+        raise UpdateError(
+            f"features or target reach {largest:.3g} in the head's own units, and products of such numbers leave "
+            "float64; the posterior is unchanged. Check features and target for huge values."
+        )

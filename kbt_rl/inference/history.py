@@ -1,141 +1,130 @@
 """The last updates of a head, kept as increments so that they can be taken back.
 
-An update adds ``V diag(signs) V'`` to the covariance; to undo it is to subtract that, which restores what it was to
-rounding at a fraction of the memory of a copy. The means are kept as they were: a label that is far off moves them so
-much that in float32 a subtraction would not bring them back. In all that is ``P (q + 2)`` numbers for ``P`` weights and
-an increment of rank ``q``, which for one row is the number of outputs.
+A measurement is inverted, so that the covariance comes back to rounding at a fraction of the memory of a copy. The
+means are kept as they were. In all that is ``P (q + 2)`` numbers for ``P`` weights and an update with ``q`` labels.
+Where a measurement has no noise, or the head forgets, the covariance itself is kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kbt_rl.inference.covariance.base import Cov, Replacement
+from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.errors import UpdateError
-from kbt_rl.inference.memory import Memory
-from kbt_rl.inference.noise import NoiseEstimate
-from kbt_rl.inference.record import Increment
-from kbt_rl.inference.resolution import scale_correlations_
-from kbt_rl.inference.state import HeadState
-from kbt_rl.inference.update import apply
-
-
-class Before(NamedTuple):
-    """What an update overwrites: the means, a copy of ``(P,)``, and the noise, None where it is known."""
-
-    mean: Tensor
-    noise: NoiseEstimate | None
+from kbt_rl.inference.types import HeadState, Increment
 
 
 class Record(NamedTuple):
     """One update as it can be undone.
 
     Attributes:
-        steps: Its increments in the order in which they were applied; several for more than 32 rows.
-        before: What it has overwritten.
+        moves: Of the covariance, in the order in which they were applied.
+        before: The means, and the buffers of a learned noise, as they were.
         rows: Labelled rows that it used.
     """
 
-    steps: Sequence[Increment]
-    before: Before
+    moves: Sequence[Any]
+    before: dict[str, Tensor]
     rows: int
 
 
+def moves_to_keep(structure: str, cov: Cov, steps: Sequence[Increment], forgets: bool) -> list[Any]:
+    """What takes an update back: its moves, or what was stored before it, ``cov``, where they cannot be inverted."""
+    moves = [step.moves for step in steps]
+    if not forgets and all(STRUCTURES[structure].invertible(move) for move in moves):
+        return moves
+    return [Replacement(tuple(block.clone() for block in cov), ())]
+
+
 class Undo(NamedTuple):
-    """What a rollback would leave: the posterior and the noise of before ``updates`` updates of ``rows`` rows."""
+    """What a rollback would leave: the posterior and the buffers of before ``updates`` updates of ``rows`` rows."""
 
     state: HeadState
-    noise: NoiseEstimate | None
+    buffers: dict[str, Tensor]
     updates: int
     rows: int
 
 
 class History:
-    """The last updates of one posterior, valid as long as nothing else changes it.
+    """The last updates of one posterior or of several stacked ones, valid as long as nothing else changes them.
 
-    Increments can only be subtracted from the posterior that they were added to. Whatever else writes to a buffer of
-    the head (``reset``, ``reopen``, ``set_noise``, ``load_state_dict``, a hand) moves that buffer's version counter,
-    by which the history notices and starts again.
+    Moves can only be taken back from the posterior that they were made of. Whatever else writes to a buffer (``reset``,
+    ``reopen``, ``set_noise``, ``load_state_dict``, a hand) moves that buffer's version counter, or replaces it, by
+    which the history notices and starts again, for all posteriors that share the buffer.
 
     Args:
-        limit: Updates to keep at most.
+        limit: Updates to keep at most of each posterior.
+        heads: Number of posteriors.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, heads: int = 1) -> None:
         self.limit = limit
-        self._records: deque[Record] = deque(maxlen=limit)
-        self._memory: Memory | None = None
-        self._versions: tuple[int, ...] = ()
+        self._records: list[deque[Record]] = [deque(maxlen=limit) for _ in range(heads)]
+        self._seen: list[tuple[Tensor, int]] = []
 
-    def current(self, memory: Memory) -> int:
-        """How many updates of this posterior are kept; drops those of any other and those before a foreign change."""
-        if memory is not self._memory or _versions(memory) != self._versions:
-            self._records.clear()
-            self._memory = memory
-        return len(self._records)
+    def fresh(self) -> History:
+        """An empty history of the same size."""
+        return History(self.limit, len(self._records))
 
-    def add(self, memory: Memory, record: Record) -> None:
+    def current(self, buffers: Sequence[Tensor], head: int = 0) -> int:
+        """How many updates of a posterior are kept; drops those before a foreign change."""
+        now = _versions(buffers)
+        same = len(now) == len(self._seen) and all(
+            one is other and version == seen for (one, version), (other, seen) in zip(now, self._seen, strict=True)
+        )
+        if not same:
+            for records in self._records:
+                records.clear()
+        return len(self._records[head])
+
+    def add(self, buffers: Sequence[Tensor], record: Record, head: int = 0) -> None:
         """Keep an update that has just been applied; ``current`` was called before that."""
-        self._records.append(record)
-        self._versions = _versions(memory)
+        self._records[head].append(record)
+        self._seen = _versions(buffers)
 
-    def plan(self, memory: Memory, count: int) -> Undo:
+    def plan(self, state: HeadState, buffers: Sequence[Tensor], count: int, head: int = 0) -> Undo:
         """What undoing the last ``count`` updates would leave; changes nothing.
 
         Raises:
             ValueError: Fewer updates are kept.
             UpdateError: What is left would not be a proper posterior.
         """
-        kept = self.current(memory)
+        kept = self.current(buffers, head)
         if not 1 <= count <= kept:
             raise ValueError(
                 f"rollback({count}) while {kept} updates are kept; pass 1 to what is kept. The history holds the last "
                 f"{self.limit} updates and starts again when the posterior or its noise is changed otherwise (reset, "
                 "reopen, forget, add_process_noise, set_noise, loading, copying)"
             )
-        undone = list(islice(reversed(self._records), count))
-        state = reverted(memory.state, (step for record in undone for step in reversed(record.steps)))
-        state.mean.copy_(undone[-1].before.mean)
-        return Undo(state, undone[-1].before.noise, count, sum(record.rows for record in undone))
+        undone = list(islice(reversed(self._records[head]), count))
+        structure, cov = STRUCTURES[state.spec.structure], state.cov
+        for record in undone:
+            for moves in reversed(record.moves):
+                cov = moves.before if isinstance(moves, Replacement) else structure.revert(cov, moves)
+        if not all(math.isfinite(float(block.sum())) for block in cov):
+            raise UpdateError("taking back these updates would leave no proper posterior; it is unchanged")
+        before = undone[-1].before
+        rows = sum(record.rows for record in undone)
+        return Undo(HeadState(state.spec, before["mean"], cov), before, count, rows)
 
-    def drop(self, memory: Memory, count: int) -> None:
+    def drop(self, buffers: Sequence[Tensor], count: int, head: int = 0) -> None:
         """Forget the last ``count`` updates, which have just been undone."""
         for _ in range(count):
-            self._records.pop()
-        self._versions = _versions(memory)
+            self._records[head].pop()
+        self._seen = _versions(buffers)
+
+    def forget(self, buffers: Sequence[Tensor], head: int) -> None:
+        """Drop the updates of one posterior, which has just been replaced; ``current`` was called before that."""
+        self._records[head].clear()
+        self._seen = _versions(buffers)
 
 
-def reverted(state: HeadState, steps: Iterable[Increment]) -> HeadState:
-    """The posterior before ``steps``, the last one first, as a copy.
-
-    Raises:
-        UpdateError: A variance would be negative, or something not finite: these steps were not the last ones. Or one
-            of them has forgotten all correlations, of which nothing is left to restore.
-    """
-    before = state.clone()
-    for step in steps:
-        if step.correlation == 0.0:
-            raise UpdateError(
-                "one of these updates was repaired by forgetting all correlations between weights, which cannot be "
-                "taken back; the posterior is unchanged. Roll back fewer updates, or use dtype='float64'"
-            )
-        apply(before, step._replace(mean_step=-step.mean_step, signs=-step.signs, correlation=1.0))
-        if step.correlation != 1.0:
-            scale_correlations_(before, 1.0 / step.correlation, before.variances())
-    smallest = float(before.variances().min())
-    # One sum finds any NaN or infinity of a block; inf - inf is NaN.
-    if not math.isfinite(sum(float(block.sum()) for block in (before.mean, *before.cov))) or smallest < 0.0:
-        raise UpdateError(
-            f"taking back these updates would leave no proper posterior (smallest weight variance {smallest:.3g}); it "
-            "is unchanged. They are not the last ones that were applied to it"
-        )
-    return before
-
-
-def _versions(memory: Memory) -> tuple[int, ...]:
-    return tuple(buffer._version for buffer in memory.buffers)
+def _versions(buffers: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    return [(buffer, buffer._version) for buffer in buffers if not buffer.is_inference()]

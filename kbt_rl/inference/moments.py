@@ -10,11 +10,14 @@ Equation numbers refer to the paper (arXiv:2509.10695).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from kbt_rl.inference.machine_code import kernels
+from kbt_rl.inference.types import Gaussian
 
 _INV_SQRT2 = 1.0 / math.sqrt(2.0)
 _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
@@ -24,22 +27,16 @@ _SMALLEST = 1e-304
 _LEAST_EXPONENT, _LEAST_POINT = -702.0, -37.4
 
 
-class Gaussian(NamedTuple):
-    """A mean ``(..., n)`` and a covariance ``(..., n, n)``."""
-
-    mean: Tensor
-    cov: Tensor
-
-
 class ActivationMoments(NamedTuple):
-    """Moments of an activation and its mean slope.
+    """Moments of an activation, its mean slope, and the part of its covariance that is not linear in the input.
 
     ``slope`` is ``E relu'(u) = Phi(mean / sd)``, shape ``(..., n)``. By Stein's lemma ``Cov(x, relu(u_k)) =
-    Cov(x, u_k) slope_k`` for every ``x`` jointly Gaussian with ``u``.
+    Cov(x, u_k) slope_k`` for every ``x`` jointly Gaussian with ``u``. ``excess`` is ``(..., n, n)``.
     """
 
     output: Gaussian
     slope: Tensor
+    excess: Tensor
 
 
 class SoftmaxMoments(NamedTuple):
@@ -66,68 +63,52 @@ def gaussian_cdf(x: Tensor) -> Tensor:
     return functional.threshold(below, _SMALLEST, 0.0)
 
 
-def linear_cov(weights: Tensor, weight_term: Tensor, input_cov: Tensor | None) -> Tensor:
-    """Covariance of ``u = W [z; 1]`` for all rows jointly, Eqs. (20), (21).
-
-    Args:
-        weights: Mean of ``W``, bias last, ``(n, k)``.
-        weight_term: What the weights' own uncertainty contributes, ``(..., B n, B n)``.
-        input_cov: Covariance of the stacked inputs without the constant 1, ``(..., B (k-1), B (k-1))``, or None for
-            deterministic inputs.
-
-    Returns:
-        Covariance ``(..., B n, B n)``.
-    """
-    if input_cov is None:
-        return weight_term
-    return weight_term + propagate_rows(weights[:, :-1], input_cov)
-
-
-def propagate_rows(matrix: Tensor, cov: Tensor) -> Tensor:
-    """``(I_B (x) A) C (I_B (x) A)'`` for ``A`` of shape ``(n, k)`` and ``C`` of shape ``(..., B k, B k)``."""
-    n, k = matrix.shape
-    rows = cov.shape[-1] // k
-    if rows == 1:
-        return matrix @ cov @ matrix.mT
-    lead = cov.shape[:-2]
-    half = cov.reshape(*lead, rows * k, rows, k) @ matrix.mT
-    half = half.reshape(*lead, rows * k, rows * n).mT
-    full = half.reshape(*lead, rows * n, rows, k) @ matrix.mT
-    return full.reshape(*lead, rows * n, rows * n).mT
-
-
-def without_negative_variances(inputs: Gaussian) -> Gaussian:
-    """Makes 0, in place, of variances that rounding has left a little below it, as a ReLU asks for their root."""
-    torch.diagonal(inputs.cov, dim1=-2, dim2=-1).clamp_min_(0.0)
-    return inputs
-
-
-def relu_moments(inputs: Gaussian, order: int = 2) -> ActivationMoments:
+def relu_moments(inputs: Gaussian, excess: Tensor | None = None, order: int = 2) -> ActivationMoments:
     """Moments of ``z = max(0, u)`` for Gaussian ``u``, Eqs. (22), (23).
 
     The mean and the variances are exact. Covariances are Price's series ``sum_n S^n / n! E relu^(n)(u_j) E
     relu^(n)(u_k)`` cut after ``order`` terms; every cut leaves the result positive semi-definite, since the diagonal
-    is exact.
+    is exact, and so it leaves ``Cov(z) - A Cov(u) A`` with the slopes ``A``.
 
     Note:
         Eq. (23) prints the covariance entry of its second term without the square. The square is meant; see
-        ``tests/test_moments.py::test_relu_cov_needs_the_square_in_the_second_term``.
+        ``tests/inference/test_moments.py::test_relu_cov_needs_the_square_in_the_second_term``.
 
     Args:
-        inputs: Distribution of ``u``, mean ``(..., n)`` and covariance ``(..., n, n)``.
+        inputs: Distribution of ``u``, mean ``(..., n)`` and the covariance ``(..., n, n)`` that is linear in whatever
+            ``u`` is a function of.
+        excess: The rest of its covariance, ``D``; None for none.
         order: Number of terms of the series for the covariances, at least 1. The paper prints 2.
 
     Returns:
-        Distribution of ``z`` and the mean slope ``Phi(mean / sd)``. Where the variance is zero the slope is that of
-        the deterministic ReLU, 1/2 at exactly 0.
+        Distribution of ``z``, the mean slope ``Phi(mean / sd)``, and ``Cov(z) - A C A`` for the linear part ``C`` of
+        ``Cov(u)``. Where the variance is zero the slope is that of the deterministic ReLU, 1/2 at exactly 0.
     """
-    mean, cov = inputs
+    mean, linear = inputs
+    code = kernels()
+    if order == 2 and code is not None and linear.device.type == "cpu" and not torch.is_grad_enabled():
+        return _by_machine_code(code, mean, linear, excess)
+    cov = linear if excess is None else linear + excess
     variance = torch.diagonal(cov, dim1=-2, dim2=-1)
     sd, ratio = _standardise(mean, variance)
     upper, lower, density = gaussian_cdf(ratio), gaussian_cdf(-ratio), gaussian_pdf(ratio)
-    out_cov = _relu_series(cov, sd, ratio, upper, density, order)
-    torch.diagonal(out_cov, dim1=-2, dim2=-1).copy_(_relu_variance(variance, ratio, upper, lower, density))
-    return ActivationMoments(Gaussian(torch.addcmul(mean * upper, sd, density), out_cov), upper)
+    curved = _relu_series(cov, sd, ratio, density, order)
+    torch.diagonal(curved, dim1=-2, dim2=-1).copy_(_curved_variance(variance, ratio, upper, lower, density))
+    slopes = upper.unsqueeze(-1) * upper.unsqueeze(-2)
+    rest = curved if excess is None else curved.addcmul_(slopes, excess)
+    output = Gaussian(torch.addcmul(mean * upper, sd, density), torch.addcmul(rest, slopes, linear))
+    return ActivationMoments(output, upper, rest)
+
+
+def _by_machine_code(code: Any, mean: Tensor, linear: Tensor, excess: Tensor | None) -> ActivationMoments:
+    """``relu_moments``, two terms."""
+    size, none = mean.shape[-1], linear.new_empty(0, 0, 0)
+    out, slope, cov, rest = (torch.empty(part.shape, dtype=part.dtype) for part in (mean, mean, linear, linear))
+    rows = [part.reshape(-1, size).contiguous().numpy() for part in (mean, out, slope)]
+    given = [part.reshape(-1, size, size).contiguous().numpy() for part in (linear, none if excess is None else excess)]
+    found = [part.view(-1, size, size).numpy() for part in (cov, rest)]
+    code.relu.relu_moments(rows[0], *given, rows[1], found[0], rows[2], found[1])
+    return ActivationMoments(Gaussian(out, cov), slope, rest)
 
 
 def relu_mean(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,41 +131,52 @@ def _standardise(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     return sd, (mean / sd).clamp_(-far, far)
 
 
-def _relu_variance(variance: Tensor, ratio: Tensor, upper: Tensor, lower: Tensor, density: Tensor) -> Tensor:
-    """Variance of ``max(0, u)`` in a form that does not cancel for far means.
+def _curved_variance(variance: Tensor, ratio: Tensor, upper: Tensor, lower: Tensor, density: Tensor) -> Tensor:
+    """Variance of ``max(0, u)`` beyond ``Phi^2 Var u``, in a form that does not cancel for far means.
 
-    ``sd^2 [P + a^2 P Q - a phi (P - Q) - phi^2]`` equals the printed ``(mean^2 + sd^2) P + mean sd phi - (E z)^2``,
-    which has a relative error of 0.8 at mean 100 and sd 1e-6.
+    ``sd^2 [(1 + a^2) P Q - a phi (P - Q) - phi^2]`` and ``sd^2 P^2`` add up to the printed ``(mean^2 + sd^2) P + mean
+    sd phi - (E z)^2``, which has a relative error of 0.8 at mean 100 and sd 1e-6.
     """
     slope_part = ratio * (upper * lower) - density * (upper - lower)
-    spread = torch.addcmul(upper, ratio, slope_part).addcmul_(density, density, value=-1.0)
-    # Where density and distribution function are subnormal, near -38, the bracket is rounding of either sign.
-    return spread.mul_(variance).clamp_min_(0.0)
+    spread = torch.addcmul(upper * lower, ratio, slope_part).addcmul_(density, density, value=-1.0)
+    # Far from the kink the bracket is rounding of either sign.
+    return spread.clamp_min_(0.0).mul_(variance)
 
 
-def _relu_series(cov: Tensor, sd: Tensor, ratio: Tensor, upper: Tensor, density: Tensor, order: int) -> Tensor:
-    """Price's series ``sum_n S^n / n! E relu^(n)(u_j) E relu^(n)(u_k)``; the diagonal is left to the caller."""
+def _relu_series(cov: Tensor, sd: Tensor, ratio: Tensor, density: Tensor, order: int) -> Tensor:
+    """Price's series from its second term on, ``sum_{n > 1} S^n / n! E relu^(n)(u_j) E relu^(n)(u_k)``.
+
+    The diagonal is left to the caller.
+    """
     if order < 1:
         raise ValueError(f"relu order is {order}; the covariance series needs at least 1 term (the paper prints 2)")
-    # E relu' = Phi(a), and for n >= 2 E relu^(n) = (-1)^n He_{n-2}(a) phi(a) / sd^(n-1). The powers of sd go into the
-    # correlation r, since they would overflow. By Horner's rule: S (d1 d1' + r/2 (d2 d2' + r/3 (d3 d3' + ...))).
+    # For n >= 2, E relu^(n) = (-1)^n He_{n-2}(a) phi(a) / sd^(n-1). The powers of sd go into the correlation r, since
+    # they would overflow. By Horner's rule: S r/2 (d2 d2' + r/3 (d3 d3' + ...)).
     inverse = sd.reciprocal()
-    correlation = cov * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
-    derivatives = [upper, density]
+    correlation = (cov * inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
+    derivatives = [density]
     hermite_before, hermite = torch.zeros_like(ratio), torch.ones_like(ratio)
     for n in range(3, order + 1):
         hermite_before, hermite = hermite, ratio * hermite - (n - 3) * hermite_before
         derivatives.append(torch.where(density > 0, hermite, 0.0) * density)
-    total = torch.zeros_like(cov)
-    for n in range(order, 0, -1):
-        factor = derivatives[n - 1]
-        total = torch.addcmul(total * (correlation / (n + 1)), factor.unsqueeze(-1), factor.unsqueeze(-2))
+    total = torch.zeros_like(cov) if order == 1 else derivatives[-1].unsqueeze(-1) * derivatives[-1].unsqueeze(-2)
+    for n in range(order, 1, -1):  # in place, as of many rows these matrices are large
+        factor = derivatives[n - 3]
+        total.mul_(correlation).div_(n)
+        if n > 2:
+            total.addcmul_(factor.unsqueeze(-1), factor.unsqueeze(-2))
     return total.mul_(cov)
 
 
 def softmax_jacobian(probabilities: Tensor) -> Tensor:
     """``J = diag(p) - p p'``, shape ``(..., o, o)``, which is also the Fisher information of the logits."""
     return torch.diag_embed(probabilities) - probabilities.unsqueeze(-1) * probabilities.unsqueeze(-2)
+
+
+def softmax_variances(probabilities: Tensor, variances: Tensor) -> Tensor:
+    """Diagonal of ``J S J'`` for independent logits, ``S = diag(s)``, both ``(..., o)``."""
+    square = probabilities.square()
+    return square * ((1.0 - 2.0 * probabilities) * variances + (square * variances).sum(-1, keepdim=True))
 
 
 def softmax_moments(inputs: Gaussian) -> SoftmaxMoments:

@@ -1,8 +1,7 @@
 """What a Bayesian head keeps: the buffers of a Gaussian posterior, their units and noise, and how they are kept whole.
 
-It keeps its dtype (``HeadConfig.dtype``) whatever dtype the rest of the model has, changes as a whole or not at all,
-and is copied, moved to another device and loaded like any module. What is learned and predicted with it is in
-:mod:`kbt_rl.inference.head`.
+It keeps float64 whatever dtype the rest of the model has, changes as a whole or not at all, and is copied, moved to
+another device and loaded like any module. What is learned and predicted with it is in :mod:`kbt_rl.inference.head`.
 """
 
 from __future__ import annotations
@@ -11,37 +10,37 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
-from kbt_rl.inference import revision
+from kbt_rl.inference import checks, loading
 from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.covariance.base import Cov
+from kbt_rl.inference.covariance.registry import STRUCTURES
+from kbt_rl.inference.forgetting import FORGETTING, reopened
 from kbt_rl.inference.history import History
-from kbt_rl.inference.interrupts import interrupts_deferred
-from kbt_rl.inference.loading import check_dtypes, check_fits
-from kbt_rl.inference.memory import Memory, prepare, prepare_rows
-from kbt_rl.inference.noise import NoiseEstimate, NoiseModel
-from kbt_rl.inference.output import RULES
-from kbt_rl.inference.prior import prior_cov, prior_means
-from kbt_rl.inference.state import HeadState
+from kbt_rl.inference.likelihoods import Likelihood
+from kbt_rl.inference.prior import prior_means
+from kbt_rl.inference.transactions import register_writer, replace_buffers, signals_deferred
+from kbt_rl.inference.types import HeadSpec, HeadState, NoiseEstimate, Tensors
+
+if TYPE_CHECKING:
+    from kbt_rl.inference.head import Kind
 
 
 class Posterior(nn.Module):
-    """Gaussian posterior over the weights of a small ReLU network, as the buffers of a module.
+    """Gaussian posterior over the weights of a small network, as the buffers of a module.
 
     Args:
-        in_features: Number of features ``d``.
-        out_features: Number of outputs ``o``.
-        config: Depth, storage, output rule and prior.
+        kind: Sizes and configuration.
     """
 
     keeps_dtype = True
 
     mean: Tensor
+    prior_mean: Tensor
     noise_cov: Tensor
     feature_mean: Tensor
     feature_scale: Tensor
@@ -50,33 +49,52 @@ class Posterior(nn.Module):
     noise_start_cov: Tensor
     noise_labels: Tensor
 
-    def __init__(self, in_features: int, out_features: int, config: HeadConfig | None = None) -> None:
+    def __init__(self, kind: Kind) -> None:
         super().__init__()
-        self.config = HeadConfig() if config is None else config
-        self.in_features, self.out_features = in_features, out_features
-        self.spec, self._rho = self.config.resolve(in_features, out_features)
-        self.rule = RULES[self.config.rule]
-        self._dtype: torch.dtype = getattr(torch, self.config.dtype)
+        self.kind = kind
         self._lock = threading.RLock()  # held while the posterior changes, and by whoever reads several parts of it
-        self._bound: Memory | None = None
+        register_writer(self)
         self._history = History(self.config.history) if self.config.history else None
-        self.register_buffer("mean", torch.zeros(sum(self.spec.sizes), dtype=self._dtype))
-        prior = self._prior_cov()
-        self._cov_names = tuple(f"cov_{index}" for index in range(len(prior)))
-        for name, block in zip(self._cov_names, prior, strict=True):
-            self.register_buffer(name, block)
-        self.register_buffer("feature_mean", torch.zeros(in_features, dtype=torch.float64))
-        self.register_buffer("feature_scale", torch.ones(in_features, dtype=torch.float64))
-        self.register_buffer("target_scale", torch.ones(out_features, dtype=torch.float64))
-        self.register_buffer("labels_seen", torch.zeros((), dtype=torch.int64))
-        self.noise_model = NoiseModel.of(self.config, out_features)
-        self.learns_noise = self.config.noise == "learned"
-        self.register_buffer("noise_cov", self._configured_noise())
-        if self.learns_noise:
-            self.register_buffer("noise_start_cov", self.noise_cov.clone())
-            self.register_buffer("noise_labels", torch.full((), self.config.noise_labels, dtype=torch.float64))
-        prepare(self.spec.structure, len(self.spec.shapes), self.spec.plain_moments, self._dtype)
-        self.reset(torch.zeros(out_features, in_features), torch.zeros(out_features))
+        for name, value in self.kind.tensors().items():
+            self.register_buffer(name, value)
+
+    @property
+    def config(self) -> HeadConfig:
+        """The configuration."""
+        return self.kind.config
+
+    @property
+    def spec(self) -> HeadSpec:
+        """Layers and structure."""
+        return self.kind.spec
+
+    @property
+    def rule(self) -> Likelihood:
+        """The output rule."""
+        return self.kind.rule
+
+    @property
+    def in_features(self) -> int:
+        """Number of features."""
+        return self.kind.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs."""
+        return self.kind.out_features
+
+    @property
+    def learns_noise(self) -> bool:
+        """Whether the noise is estimated from the labels."""
+        return self.kind.learns_noise
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        spec = self.spec
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, layers={len(spec.shapes)}, "
+            f"structure={spec.structure!r}, rule={self.config.rule!r}, labels_seen={int(self.labels_seen)}"
+        )
 
     def reset(
         self,
@@ -85,6 +103,7 @@ class Posterior(nn.Module):
         *,
         feature_mean: Tensor | None = None,
         feature_scale: Tensor | None = None,
+        feature_basis: Tensor | None = None,
         target_scale: Tensor | None = None,
     ) -> None:
         """Return to the prior that reproduces ``weight @ h + bias``; what was learned is forgotten.
@@ -92,40 +111,54 @@ class Posterior(nn.Module):
         A noise that was set stays, in units of the target; one that was learned starts again from what was set, or from
         the configuration, whose variances are in units of ``target_scale`` squared.
         """
-        weight = _finite("weight", weight, (self.out_features, self.in_features), self.feature_mean)
-        bias = _finite("bias", bias, (self.out_features,), self.feature_mean)
-        centre = torch.zeros_like(self.feature_mean)
-        if feature_mean is not None:
-            centre = _finite("feature_mean", feature_mean, (self.in_features,), self.feature_mean)
-        scale = _positive("feature_scale", feature_scale, self.feature_scale)
-        outputs = _positive("target_scale", target_scale, self.target_scale)
+        given = (weight, bias, feature_mean, feature_scale, feature_basis, target_scale)
+        with self._lock:
+            self._take_over(self._started(*given))
+
+    def _started(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        feature_mean: Tensor | None,
+        feature_scale: Tensor | None,
+        feature_basis: Tensor | None,
+        target_scale: Tensor | None,
+    ) -> Tensors:
+        """The buffers after ``reset``."""
+        kind, like = self.kind, self.mean
+        d, o = kind.in_features, kind.out_features
+        weight = checks.finite("weight", weight, (o, d), like)
+        bias = checks.finite("bias", bias, (o,), like)
+        centre = checks.finite("feature_mean", feature_mean, (d,), like, default=0.0)
+        scale = checks.positive("feature_scale", feature_scale, (d,), like)
+        outputs = checks.positive("target_scale", target_scale, (o,), like)
         if self.rule.link == "softmax" and not bool((outputs == 1.0).all()):
             raise ValueError("with the softmax link the targets are probabilities; leave target_scale at 1")
         bias = bias + weight @ centre
-        means = prior_means(weight * scale / outputs.unsqueeze(-1), bias / outputs, self.spec.shapes)
-        mean, priors = torch.cat([mean.flatten() for mean in means]), self._prior_cov()
+        weight = weight * scale
+        basis = None
+        if kind.spec.structure == "rotated":
+            basis = checks.orthogonal("feature_basis", feature_basis, d, like)
+            weight = weight @ basis
+        elif feature_basis is not None:
+            raise ValueError(f"feature_basis is for structure='rotated'; this head has {kind.spec.structure!r}")
+        means = prior_means(weight / outputs.unsqueeze(-1), bias / outputs, kind.spec.shapes)
+        mean = torch.cat([part.flatten() for part in means])
         if not bool(torch.isfinite(mean).all()):
             raise ValueError("weight and bias are not finite in units of feature_scale and target_scale")
-        start = self.noise_start_cov if self.learns_noise else self.noise_cov
-        if not torch.equal(start, self._configured_noise()):  # it was set, for targets in their own units
+        configured = torch.diag(torch.full_like(self.target_scale, kind.start_noise))
+        start = self.noise_start_cov if kind.learns_noise else self.noise_cov
+        if not torch.equal(start, configured):  # it was set, for targets in their own units
             start = start * self._target_square() / (outputs.unsqueeze(-1) * outputs)
-        with self._changing():
-            self.mean.copy_(mean)
-            for block, prior in zip(self._cov(), priors, strict=True):
-                block.copy_(prior)
-            self.feature_mean.copy_(centre)
-            self.feature_scale.copy_(scale)
-            self.target_scale.copy_(outputs)
-            self.labels_seen.zero_()
-            self.noise_cov.copy_(start)
-            if self.learns_noise:
-                self.noise_start_cov.copy_(start)
-                self.noise_labels.fill_(self.config.noise_labels)
-
-    def _configured_noise(self) -> Tensor:
-        """Covariance of the label noise before one was set, ``(o, o)``."""
-        variance = self.config.noise_start if self.learns_noise else self.config.noise_variance
-        return torch.diag(torch.full_like(self.target_scale, variance))
+        new: Tensors = {"mean": mean, "prior_mean": mean.clone(), "feature_mean": centre, "feature_scale": scale}
+        new |= {"target_scale": outputs, "labels_seen": torch.zeros_like(self.labels_seen), "noise_cov": start.clone()}
+        if kind.follows_layer:
+            new["last_variance"] = kind.variance_of(weight)
+        if basis is not None:
+            new["feature_basis"] = basis
+        if kind.learns_noise:
+            new |= {"noise_start_cov": start.clone(), "noise_labels": kind.start_labels()}
+        return new | dict(zip(kind.cov_names, kind.prior_cov(self._buffers | new), strict=True))
 
     def set_noise(self, noise: float | Tensor) -> None:
         """Set the label noise: one variance for all outputs, or a covariance ``(o, o)``, in squared target units.
@@ -135,46 +168,25 @@ class Posterior(nn.Module):
         Raises:
             ValueError: Not symmetric, not finite, a negative variance, or a variance of 0 where it must be positive.
         """
-        noise_cov = noise.detach() if isinstance(noise, Tensor) else torch.from_numpy(np.array(noise))
-        if noise_cov.is_complex():
-            raise ValueError("the noise covariance is complex; expected real numbers")
-        noise_cov = noise_cov.to(self.mean.device, torch.float64)
-        if noise_cov.ndim == 0:
-            noise_cov = noise_cov * torch.eye(self.out_features, dtype=torch.float64, device=self.mean.device)
-        if noise_cov.shape != self.noise_cov.shape:
-            raise ValueError(
-                f"the noise covariance has shape {tuple(noise_cov.shape)}; expected a number or "
-                f"{tuple(self.noise_cov.shape)}"
-            )
-        scaled = noise_cov / self._target_square()
-        if not bool(torch.isfinite(scaled).all()):
-            raise ValueError(
-                f"the noise covariance is not finite, in units of target_scale: {noise_cov.tolist()} over "
-                f"{self._target_square().tolist()}"
-            )
-        if not torch.equal(noise_cov, noise_cov.mT):
-            raise ValueError("the noise covariance is not symmetric; pass (C + C.T) / 2 if rounding is to blame")
-        smallest = float(torch.linalg.eigvalsh(noise_cov)[0])
-        # The eigenvalues of a singular covariance come out negative by rounding.
-        if not smallest >= -1e-12 * float(noise_cov.diagonal().max()):
-            raise ValueError(f"the noise covariance has the eigenvalue {smallest:.3g}; variances are not negative")
-        if self.noise_model is not None and not smallest > 0.0:
-            raise ValueError(
-                f"the noise covariance has the eigenvalue {smallest:.3g}; a noise that is learned, or that labels are "
-                "weighed by, must be positive in every direction"
-            )
-        with self._changing():
-            self.noise_cov.copy_(scaled)
-            if self.learns_noise:
-                self.noise_start_cov.copy_(scaled)
-                self.noise_labels.fill_(self.config.noise_labels)
-
-    def prepare_rows(self) -> None:
-        """Load the machine code for joint updates of several rows, so that the first one need not wait for it.
-
-        The first time on a machine it is compiled, for some 10 s. That for single rows is loaded with the head.
-        """
-        prepare_rows(self.spec.structure, len(self.spec.shapes), self.spec.plain_moments, self._dtype)
+        kind = self.kind
+        noise_cov = checks.noise_covariance(noise, kind.out_features, self.mean, kind.noise_model is not None)
+        with self._lock:
+            scaled = noise_cov / self._target_square()
+            if not bool(torch.isfinite(scaled).all()):
+                raise ValueError(
+                    f"the noise covariance is not finite, in units of target_scale: {noise_cov.tolist()} over "
+                    f"{self._target_square().tolist()}"
+                )
+            if kind.spec.structure == "shared" and not kind.learns_noise:
+                checks.diagonal_noise(scaled)
+            new: Tensors = {"noise_cov": scaled}
+            if kind.learns_noise:
+                new |= {"noise_start_cov": scaled.clone(), "noise_labels": kind.start_labels()}
+            if kind.spec.in_noise_units:  # the weights' own covariance stays what it was
+                ratio = float(self.noise_cov.diagonal().mean() / scaled.diagonal().mean())
+                root, group = self._cov()
+                new |= dict(zip(kind.cov_names, (root * ratio**0.5, group), strict=True))
+            self._take_over(new)
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -183,7 +195,7 @@ class Posterior(nn.Module):
         The average over the outputs of the squared ``target_scale``, to multiply by, and the sum of its logarithms, to
         subtract.
         """
-        outputs = self._memory().outputs.tolist()
+        outputs = self.target_scale.tolist()
         return sum(scale * scale for scale in outputs) / len(outputs), sum(map(math.log, outputs))
 
     @property
@@ -199,10 +211,34 @@ class Posterior(nn.Module):
     @property
     def state(self) -> HeadState:
         """The posterior; shares memory with the module."""
-        return self._memory().state
+        return HeadState(self.spec, self.mean, self._cov())
+
+    @property
+    def prior(self) -> HeadState:
+        """The posterior before any label."""
+        cov = tuple(block.to(self.mean.device) for block in self.kind.prior_cov(self._buffers))
+        return HeadState(self.spec, self.prior_mean, cov)
+
+    def variances(self) -> Tensor:
+        """Variance of each weight, ``(P,)``, in the head's own units."""
+        with self._lock:
+            own = STRUCTURES[self.spec.structure].variances(self.state)
+            if not self.spec.in_noise_units:
+                return own
+            return (own.view(self.spec.shapes[0]) * self.noise_cov.diagonal().unsqueeze(-1)).flatten()
+
+    def covariance(self) -> Tensor:
+        """The full covariance of the weights ``(P, P)``, in the head's own units; for tests, plots and small heads."""
+        with self._lock:
+            if not self.spec.in_noise_units:
+                return STRUCTURES[self.spec.structure].dense(self.state)
+            root, group = self._cov()
+            each = root[group]  # outputs i, j have the covariance V_ij R_i' R_j
+            full = torch.einsum("ij,imp,jmq->ipjq", self.noise_cov, each, each)
+            return full.reshape(len(self.mean), -1)
 
     def reopen(self, fraction: float = 1.0, noise: NoiseEstimate | None = None) -> None:
-        """Keep the means and move the covariance towards the prior's, by default all the way; see ``revision``.
+        """Keep the means and move the covariance towards the prior's, by default all the way.
 
         Args:
             fraction: How far, in (0, 1].
@@ -214,11 +250,30 @@ class Posterior(nn.Module):
         """
         if noise is not None and not self.learns_noise:
             raise ValueError("the noise of this head is not learned, so there is none to put back; see set_noise")
-        with self._changing():
-            revision.reopen(self.state, self._prior_cov(), fraction)
+        with self._lock:
+            new = self._loosened(reopened(self.state, self.prior, fraction))
             if noise is not None:
-                self._memory().keep(noise)
-                increment_version(self.noise_cov)
+                new |= {
+                    "noise_cov": torch.from_numpy(noise.cov).to(self.noise_cov),
+                    "noise_labels": torch.as_tensor(noise.labels).to(self.noise_labels),
+                }
+            self._take_over(new)
+
+    def forget(self, factor: float) -> None:
+        """Keep the means and divide the covariance by a factor in (0, 1]; see ``forgetting.Fading``."""
+        self.loosen("fading", factor)
+
+    def add_process_noise(self, scale: float) -> None:
+        """Keep the means and add ``scale`` times the prior's covariance; see ``forgetting.ProcessNoise``."""
+        self.loosen("process_noise", scale)
+
+    def loosen(self, forgetting: str, rate: float) -> None:
+        """Forget once, by a name of ``forgetting.FORGETTING``."""
+        with self._lock:
+            self._take_over(self._loosened(FORGETTING[forgetting](self.state, self.prior, rate)))
+
+    def _loosened(self, state: HeadState) -> Tensors:
+        return {"mean": state.mean} | dict(zip(self.kind.cov_names, state.cov, strict=True))
 
     @property
     def noise_estimate(self) -> NoiseEstimate | None:
@@ -226,128 +281,69 @@ class Posterior(nn.Module):
         if not self.learns_noise:
             return None
         with self._lock:
-            belief = self._memory().belief()
-        assert belief is not None
-        return belief.estimate
+            return NoiseEstimate(self.noise_cov.cpu().numpy().copy(), self.noise_labels.cpu().numpy().copy())
 
-    def forget(self, factor: float) -> None:
-        """Keep the means and divide the covariance by a factor in (0, 1]; see ``revision``."""
-        with self._lock:
-            revision.forget(self.state, factor)
-
-    def add_process_noise(self, scale: float) -> None:
-        """Keep the means and add ``scale`` times the prior's covariance; see ``revision.diffuse``."""
-        with self._lock:
-            revision.diffuse(self.state, self._prior_cov(), scale)
-
-    def standardise(self, features: Tensor) -> Tensor:
-        """Features ``(..., d)`` in float64, centred and scaled as at pre-training."""
-        if features.ndim == 0 or features.shape[-1] != self.in_features:
-            raise ValueError(f"features have shape {tuple(features.shape)}; expected (rows, {self.in_features})")
-        return (features.to(self.feature_mean) - self.feature_mean) / self.feature_scale
+    @property
+    def predictive_dof(self) -> float:
+        """Degrees of freedom of predictions, whose covariances are scales of Student's t; infinite if Gaussian."""
+        return float(self.noise_labels.min()) if self.spec.in_noise_units else math.inf
 
     def _target_square(self) -> Tensor:
         """What a covariance of the targets is divided by inside, ``(o, o)``."""
         return self.target_scale.unsqueeze(-1) * self.target_scale
 
-    def _cov(self) -> tuple[Tensor, ...]:
-        return tuple(self._buffers[name] for name in self._cov_names)  # type: ignore[misc]
+    def copied_buffers(self) -> dict[str, Tensor]:
+        """Copies of all buffers, of one moment."""
+        with self._lock:
+            return {name: buffer.clone() for name, buffer in self.named_buffers()}
 
-    def _prior_cov(self) -> tuple[Tensor, ...]:
-        cov = prior_cov(
-            self.spec.shapes,
-            self.spec.structure,
-            hidden_variance=self.config.hidden_variance,
-            last_variance=self.config.last_variance,
-            rho=self._rho,
-            device=self._buffers["mean"].device if "mean" in self._buffers else None,  # type: ignore[union-attr]
-        )
-        return tuple(block.to(self._dtype) for block in cov)
+    def _cov(self) -> Cov:
+        return tuple(self._buffers[name] for name in self.kind.cov_names)  # type: ignore[misc]
 
-    def _memory(self) -> Memory:
-        """The buffers as the head computes with them; made anew when one of them was replaced or moved."""
-        memory = self._bound
-        if memory is None or not memory.holds(tuple(self._buffers.values())):
-            self._leave_inference_mode()
-            recorded = self._history is not None
-            memory = self._bound = Memory(
-                self.spec, self._cov_names, self._buffers, self.rule, self.noise_model, recorded
-            )
-        return memory
+    def _take_over(self, new: Tensors) -> None:
+        """Replace buffers, all or none."""
+        with self._changing():
+            replace_buffers(self._buffers, new)
 
-    def _leave_inference_mode(self) -> None:
-        """Copy what was made under ``torch.inference_mode()``: such a tensor has no version, and views go by that."""
-        with torch.inference_mode(False):
-            for name, buffer in self._buffers.items():
-                if buffer is not None and buffer.is_inference():
-                    self._buffers[name] = buffer.clone()
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """All of a change or, to other threads and to an interrupt, none of it."""
+        with self._lock, signals_deferred():
+            yield
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is derived from the buffers is derived again from their copies, and a copy has a lock of its own.
-        history = History(self.config.history) if self.config.history else None
-        state = {**self.__dict__, "_bound": None, "_history": history}
+        # A copy has a lock and a history of its own, and is not of a moment in the middle of a change.
+        history = None if self._history is None else self._history.fresh()
+        state = {**self.__dict__, "_history": history, "_buffers": self.copied_buffers()}
         del state["_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.RLock()
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """All of a change or, to other threads and to an interrupt, none of it."""
-        with self._lock, interrupts_deferred():
-            yield
+        register_writer(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Posterior:
         """Follow a change of device, but never of dtype."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                self._buffers[name] = _moved(buffer, fn(buffer).device)
+        moved = {
+            name: checks.moved(buffer, fn(buffer).device)
+            for name, buffer in self._buffers.items()
+            if buffer is not None
+        }
+        with self._changing():
+            self._buffers.update(moved)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over saved buffers, all or none.
 
         Raises:
-            RuntimeError: They are of another architecture or dtype.
+            RuntimeError: They are of another architecture or dtype, or no posterior.
         """
-        check_fits(self, state_dict, strict)
-        return super().load_state_dict(state_dict, strict, assign)
+        return loading.load_whole(self, state_dict, strict)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_dtypes(self, state_dict, prefix)
-        with self._changing():
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _moved(buffer: Tensor, device: torch.device) -> Tensor:
-    try:
-        return buffer.to(device)
-    except TypeError as error:
-        raise TypeError(
-            f"the device {device} has no float64, which the posterior needs; keep the model on the CPU (one update is "
-            "bound by latency, not by arithmetic)"
-        ) from error
-
-
-def _positive(name: str, given: Tensor | None, like: Tensor) -> Tensor:
-    """A positive vector like ``like``, ones if None."""
-    if given is None:
-        return torch.ones_like(like)
-    scale = _finite(name, given, tuple(like.shape), like)
-    if not bool((scale > 0).all()):
-        raise ValueError(f"{name} must be positive everywhere; its smallest value is {float(scale.min())}")
-    return scale
-
-
-def _finite(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A finite tensor of this shape in the dtype of ``like`` and on its device."""
-    if given.is_complex():
-        raise ValueError(f"{name} is complex; expected real numbers")
-    value = given.detach().to(like)
-    if value.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name} holds NaN or infinity")
-    return value
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, *lists: Any
+    ) -> None:
+        """As a part of another module, which PyTorch loads part by part: this one is taken over as a whole."""
+        loading.load_part(self, state_dict, prefix, strict, *lists)

@@ -18,9 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kbt_rl.inference import joint
-from kbt_rl.inference.structures import LAYERWISE
-from kbt_rl.inference.triangle import LayerShape
+from kbt_rl.inference.covariance.base import PriorLayer
+from kbt_rl.inference.types import LayerShape
 
 
 def layer_shapes(features: int, outputs: int, layers: int, width: int | None) -> tuple[LayerShape, ...]:
@@ -72,41 +71,33 @@ def _without_bias(matrix: Tensor) -> Tensor:
     return torch.cat([matrix, matrix.new_zeros(len(matrix), 1)], dim=-1)
 
 
-def prior_cov(
-    shapes: Sequence[LayerShape],
-    structure: str,
-    *,
-    hidden_variance: float,
-    last_variance: float,
-    rho: float,
-    device: torch.device | None = None,
-) -> tuple[Tensor, ...]:
-    """Weight covariance of the tied prior in the storage of ``structure``, float64.
+def prior_layers(
+    shapes: Sequence[LayerShape], *, hidden_variance: float, last_variance: float, rho: float
+) -> list[PriorLayer]:
+    """The tied prior, layer by layer; variances in squared target units.
 
     Args:
         shapes: Shapes of the head's layers.
-        structure: ``joint``, ``layer``, ``neuron`` or ``diagonal``.
-        hidden_variance: Variance of each hidden-layer weight, in squared target units like the other.
+        hidden_variance: Variance of each hidden-layer weight.
         last_variance: Variance of each last-layer weight.
         rho: Minus the correlation of the last-layer weights of a pair, in [0, 1).
-        device: Where the tensors live.
     """
-    blocks = [
-        (hidden_variance * torch.eye(shape.k, dtype=torch.float64, device=device)).expand(shape.n, -1, -1)
-        for shape in shapes[:-1]
+    layers = [
+        PriorLayer(shape.n, hidden_variance**0.5 * torch.eye(shape.k, dtype=torch.float64)) for shape in shapes[:-1]
     ]
-    features = shapes[0].k - 1
-    last = _tied_block(shapes[-1].k, features if len(shapes) > 1 else 0, last_variance, rho, device)
-    blocks.append(last.expand(shapes[-1].n, -1, -1))
-    ops = LAYERWISE["layer" if structure == "joint" else structure]
-    stored = tuple(ops.from_neuron_blocks(layer) for layer in blocks)
-    return joint.with_independent_layers(stored, shapes) if structure == "joint" else stored
+    pairs = shapes[0].k - 1 if len(shapes) > 1 else 0
+    layers.append(PriorLayer(shapes[-1].n, last_variance**0.5 * _tied_root(shapes[-1].k, pairs, rho)))
+    return layers
 
 
-def _tied_block(k: int, pairs: int, variance: float, rho: float, device: torch.device | None) -> Tensor:
-    """Covariance of one output neuron's weights: ``-rho`` between the copies of a pair, bias and spare units untied."""
-    block = torch.eye(k, dtype=torch.float64, device=device)
-    positive = torch.arange(pairs, device=device)
+def _tied_root(k: int, pairs: int, rho: float) -> Tensor:
+    """Root of the correlations of one output's weights: ``-rho`` between a pair's copies, bias and spare units untied.
+
+    Of a pair, the later weight has the whole row: ``[[sqrt(1 - rho^2), 0], [-rho, 1]]``, whose columns have unit norm.
+    """
+    root = torch.eye(k, dtype=torch.float64)
+    positive = torch.arange(pairs)
     negative = positive + (k - 1 - pairs)
-    block[positive, negative] = block[negative, positive] = -rho
-    return variance * block
+    root[positive, positive] = (1.0 - rho * rho) ** 0.5
+    root[negative, positive] = -rho
+    return root

@@ -9,6 +9,7 @@ Inputs are scaled by buffers, so that the network sees numbers of order one and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,10 @@ class DecisionTransformerConfig:
     def __post_init__(self) -> None:
         for name in ("context_length", "width", "layers", "heads", "feedforward", "max_timestep"):
             value = getattr(self, name)
-            if int(value) != value or value < 1:
-                raise ValueError(f"{name} is {value}; it must be a whole number of at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.target_return is not None and not math.isfinite(self.target_return):
+            raise ValueError(f"target_return is {self.target_return}; it must be finite, or None for none")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
 

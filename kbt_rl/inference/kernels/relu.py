@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from kbt_rl.inference.kernels.jit import compiled, in_order, inlined
-from kbt_rl.inference.kernels.terms import FAR, Array
+
+Array = npt.NDArray[np.float64]
 
 _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
-# As in ``moments``: below it a ratio leaves float64.
+# As in ``moments``: beyond it the square of a ratio leaves float64.
+_FAR = 0.5 * math.sqrt(np.finfo(np.float64).max)
 _SMALLEST_SD = math.sqrt(np.finfo(np.float64).tiny)
 # For ``_exp``: a number to which a float can be added only in whole units, and ln 2 as a short number and the rest.
 _LOG2_E, _SHIFT = 1.0 / math.log(2.0), 1.5 * 2.0**52
@@ -64,38 +67,48 @@ def _mills(x: float) -> float:
 
 @inlined
 def relu_unit(mean: float, variance: float) -> tuple[float, float, float, float]:
-    """Mean and variance of ``relu(u)``, the slope ``Phi``, and the density over the sd for the covariance series.
+    """Of ``relu(u)``: mean, variance beyond ``Phi^2 Var u``, slope ``Phi``, and density over sd for the series.
 
     Without a branch, so that a loop over units runs on several at a time.
     """
     sd = math.sqrt(variance)
     sd = _SMALLEST_SD if sd < _SMALLEST_SD else sd
     ratio = mean / sd
-    ratio = FAR if ratio > FAR else ratio
-    ratio = -FAR if ratio < -FAR else ratio
+    ratio = _FAR if ratio > _FAR else ratio
+    ratio = -_FAR if ratio < -_FAR else ratio
     density = _exp(-0.5 * ratio * ratio) * _INV_SQRT_2PI
     tail = density * _mills(abs(ratio))  # the other one is at least 1/2, and 1 minus this one to rounding
     upper = 1.0 - tail if ratio > 0.0 else tail
     lower = tail if ratio > 0.0 else 1.0 - tail
-    spread = upper + ratio * (ratio * (upper * lower) - density * (upper - lower)) - density * density
-    spread = 0.0 if spread < 0.0 else spread
-    return mean * upper + sd * density, variance * spread, upper, density / sd
-
-
-@inlined
-def relu_entry(entry: float, slope: float, curvature: float, other_slope: float, other_curvature: float) -> float:
-    """Covariance of two units after the ReLU from that before it, the series' two terms."""
-    return entry * (slope * other_slope + 0.5 * entry * (curvature * other_curvature))
+    curved = upper * lower + ratio * (ratio * (upper * lower) - density * (upper - lower)) - density * density
+    curved = 0.0 if curved < 0.0 else curved
+    return mean * upper + sd * density, variance * curved, upper, density / sd
 
 
 @compiled
-def relu_dense(mean: Array, cov: Array) -> tuple[Array, Array, Array]:
-    """``moments.relu_moments`` with a series of two terms: mean, covariance, slope."""
-    n = mean.size
-    out_mean, out_cov, slope, curvature = np.empty(n), np.empty((n, n)), np.empty(n), np.empty(n)
-    for j in range(n):
-        out_mean[j], out_cov[j, j], slope[j], curvature[j] = relu_unit(mean[j], max(cov[j, j], 0.0))
-        for i in range(j):
-            entry = relu_entry(cov[j, i], slope[j], curvature[j], slope[i], curvature[i])
-            out_cov[j, i] = out_cov[i, j] = entry
-    return out_mean, out_cov, slope
+def relu_moments(
+    means: Array, linears: Array, excesses: Array, outs: Array, covs: Array, slopes: Array, rests: Array
+) -> None:
+    """``moments.relu_moments`` with two terms for each of ``N`` problems: means ``(N, r)``, covariances ``(N, r, r)``.
+
+    ``excesses`` is ``(0, 0, 0)`` for none. The last four arguments receive the mean, the covariance, the slope and the
+    part of the covariance that is not linear.
+    """
+    count, size = means.shape
+    curvature, curved = np.empty(size), np.empty(size)
+    for index in range(count):
+        mean, linear, slope = means[index], linears[index], slopes[index]
+        cov, rest = covs[index], rests[index]
+        extra = excesses[index] if len(excesses) > 0 else linear
+        share = 1.0 if len(excesses) > 0 else 0.0
+        for j in range(size):
+            outs[index, j], curved[j], slope[j], curvature[j] = relu_unit(mean[j], linear[j, j] + share * extra[j, j])
+        for j in range(size):
+            half, own = 0.5 * curvature[j], slope[j]
+            for i in range(size):
+                total = linear[j, i] + share * extra[j, i]
+                known = own * slope[i]
+                rest[j, i] = (half * total) * (curvature[i] * total) + share * known * extra[j, i]
+                cov[j, i] = rest[j, i] + known * linear[j, i]
+            rest[j, j] = curved[j] + share * own * own * extra[j, j]
+            cov[j, j] = rest[j, j] + own * own * linear[j, j]

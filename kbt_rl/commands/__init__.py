@@ -1,1 +1,0 @@
-"""The subcommands of ``kbt-rl`` that are studies of their own."""

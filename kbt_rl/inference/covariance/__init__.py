@@ -1,0 +1,1 @@
+"""How the covariance of the weights is stored."""

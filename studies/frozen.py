@@ -1,0 +1,92 @@
+"""A learner's policy as it is now, to be evaluated while the learner goes on.
+
+A two-layer head acts by the variances of its hidden units, which it takes from the root of its whole covariance with
+every action. For the thousands of actions of an evaluation each unit's covariance is taken once: the same actions to
+rounding, in a twentieth of the time.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kbt_rl.agents.behaviour_cloning import Array
+from kbt_rl.agents.policies import DecisionTransformerPolicy
+from kbt_rl.agents.transformer_policy import TransformerPolicy
+from kbt_rl.inference.moments import gaussian_cdf, gaussian_pdf
+from kbt_rl.inference.network import augment, weights_of
+from studies.episodes import Policy
+
+
+class TwoLayers(NamedTuple):
+    """All that the mean of a two-layer head with one output depends on.
+
+    Attributes:
+        first: Mean weights of the hidden layer, ``(n, d + 1)``.
+        last: Mean weights of the output, ``(1, n + 1)``.
+        units: Covariance of the weights of each hidden unit, ``(n, d + 1, d + 1)``.
+        coupling: Covariance of those with the unit's weight in the last layer, ``(n, d + 1)``; None without.
+        feature_variance: Of each feature.
+    """
+
+    first: Tensor
+    last: Tensor
+    units: Tensor
+    coupling: Tensor | None = None
+    feature_variance: float = 0.0
+
+    def mean(self, inputs: Tensor) -> Tensor:
+        """Of the output for features in the head's units, ``(B, d)`` to ``(B, 1)``; Eqs. (18) to (22)."""
+        rows = augment(inputs)
+        of_features = self.units[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum(1) + self.first[:, :-1].square().sum(1)
+        variance = ((rows @ self.units) * rows).sum(-1).mT + self.feature_variance * of_features
+        mean, deviation = rows @ self.first.mT, variance.clamp_min(1e-300).sqrt()
+        ratio = mean / deviation
+        slope = gaussian_cdf(ratio)
+        output = augment(mean * slope + deviation * gaussian_pdf(ratio)) @ self.last.mT
+        if self.coupling is not None:  # E[w z] = E[w] E[z] + Cov(w, z), with Cov(w, relu(u)) = Cov(w, u) Phi
+            output = output + (slope * (rows @ self.coupling.mT)).sum(-1, keepdim=True)
+        return output
+
+
+def unit_covariances(cov: Tensor, units: int) -> Tensor:
+    """Covariance of the weights of each hidden unit, ``(n, k, k)``, from that of all first-layer weights."""
+    blocks = cov.view(units, cov.shape[0] // units, units, -1)
+    return torch.stack([blocks[unit, :, unit] for unit in range(units)])
+
+
+class _FrozenTwoLayers(TransformerPolicy):
+    """Acts as a policy with a two-layer head did."""
+
+    def __init__(self, policy: DecisionTransformerPolicy) -> None:
+        super().__init__(policy.observation_space, policy.action_space, transformer=policy.transformer_config)  # type: ignore[arg-type]
+        self.transformer.load_state_dict(policy.transformer.state_dict())
+        head = policy.head
+        (n, k), cov = head.spec.shapes[0], head.covariance()
+        above = cov[n * k : n * k + n, : n * k].view(n, n, k)
+        first, last = (weight.clone() for weight in weights_of(head.state))
+        units, coupling = unit_covariances(cov[: n * k, : n * k], n), torch.stack([above[j, j] for j in range(n)])
+        self._layers = TwoLayers(first, last, units, coupling, head.spec.feature_variance)
+        self._centre, self._divisor = head.feature_mean.clone(), head.feature_scale.clone()
+        self._scale = head.target_scale.clone()
+
+    def act(self, features: Tensor) -> Array:
+        """See ``TransformerPolicy.act``."""
+        with torch.inference_mode():
+            output = self._layers.mean((features.double() - self._centre) / self._divisor)
+            actions: Array = self.actions.mean(output * self._scale).numpy()
+            return actions
+
+
+def frozen(policy: Any) -> Policy:
+    """The policy as it is now, whatever it learns later."""
+    if type(policy) is DecisionTransformerPolicy and len(policy.heads) == 1:
+        head = policy.head
+        plain = policy.skip == "none" and head.config.propagation == "moments"
+        if plain and len(head.spec.shapes) == 2 and head.spec.outputs == 1:
+            return _FrozenTwoLayers(policy)
+    copied: Policy = copy.deepcopy(policy)
+    return copied
