@@ -16,6 +16,7 @@ from kbt_rl.agents.sample import Sample
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.linearised import LinearisedHead
 from kbt_rl.inference.types import UpdateInfo
+from kbt_rl.models.context import ContextWindow
 from studies.trial import Setting
 
 
@@ -47,7 +48,9 @@ class EveryLayer:
 
     def update(self, sample: Sample) -> UpdateInfo:
         """Learn from states and labels."""
-        info = self.head.update(torch.as_tensor(np.asarray(sample.context)), np.asarray(sample.target))
+        context = sample.context
+        states = context.observations[:, -1] if isinstance(context, ContextWindow) else np.asarray(context)
+        info = self.head.update(torch.as_tensor(states), np.asarray(sample.target))
         learned = {name.removeprefix("transformer."): value for name, value in self.head.parameters_of_mean().items()}
         self.policy.transformer.load_state_dict(learned, strict=False)
         return info

@@ -1,4 +1,4 @@
-"""A learner's policy as it is now, to be evaluated while the learner goes on.
+"""A learner's policy as it is now, to be evaluated while the learner goes on, and many of them side by side.
 
 A two-layer head acts by the variances of its hidden units, which it takes from the root of its whole covariance with
 every action. For the thousands of actions of an evaluation each unit's covariance is taken once: the same actions to
@@ -8,16 +8,20 @@ rounding, in a twentieth of the time.
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
 
 from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.inference.moments import gaussian_cdf, gaussian_pdf
 from kbt_rl.inference.network import augment, weights_of
+from kbt_rl.models.context import ContextWindow
 from studies.episodes import Policy
 
 
@@ -90,3 +94,58 @@ def frozen(policy: Any) -> Policy:
             return _FrozenTwoLayers(policy)
     copied: Policy = copy.deepcopy(policy)
     return copied
+
+
+class SideBySide:
+    """Policies of one kind as one policy, whose rows are theirs in equal parts: a step takes one pass of the network.
+
+    The same actions as of each by ``predict``, to the rounding of larger products. On one encoder it encodes all
+    contexts at once; transformers that differ throughout are stacked.
+
+    Args:
+        policies: See ``go_side_by_side``.
+    """
+
+    def __init__(self, policies: Sequence[TransformerPolicy]) -> None:
+        self._policies = policies
+        self._stacked: Any = None
+        if not _on_one_encoder(policies):
+            self._stacked = stack_module_state([policy.transformer for policy in policies])
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Mean actions."""
+        first = self._policies[0]
+        context = first.start(observation) if state is None else first.advance(state, observation, episode_start)
+        actions = first.clip(self._means(context))
+        return actions, first.with_action(context, actions)
+
+    def _means(self, context: ContextWindow) -> Array:
+        first, count = self._policies[0], len(self._policies)
+        if self._stacked is None:
+            parts = first.encode(context).chunk(count)
+            return np.concatenate([policy.act(part) for policy, part in zip(self._policies, parts, strict=True)])
+        rows = [torch.from_numpy(array).unflatten(0, (count, -1)) for array in context[:3]]
+        rows[:2] = [array.float() for array in rows[:2]]
+        with torch.no_grad():
+            scaled = vmap(lambda state, *row: functional_call(first.transformer, state, row))(self._stacked, *rows)
+            means: Array = first.actions.mean(scaled[:, :, -1].flatten(0, 1).double()).numpy()
+            return means
+
+
+def go_side_by_side(policies: Sequence[Policy]) -> TypeGuard[Sequence[TransformerPolicy]]:
+    """Whether ``SideBySide`` can act for them: plain policies on one encoder, or plain transformers."""
+    if all(type(policy) is TransformerPolicy for policy in policies):
+        return True
+    plain = all(type(policy) in (DecisionTransformerPolicy, _FrozenTwoLayers) for policy in policies)
+    return plain and _on_one_encoder(policies)  # type: ignore[arg-type]
+
+
+def _on_one_encoder(policies: Sequence[TransformerPolicy]) -> bool:
+    """Whether the policies differ in their last layers alone."""
+    first, *others = (
+        [value for name, value in policy.transformer.state_dict().items() if not name.startswith("linear.")]
+        for policy in policies
+    )
+    return all(all(map(torch.equal, first, other)) for other in others)

@@ -19,6 +19,7 @@ from kbt_rl.envs.plant import LABEL_BOX, NOMINAL, SHIFTED, START_BOX, InvertedPe
 from kbt_rl.envs.sb3_vec_env import InvertedPendulumSB3VecEnv
 from kbt_rl.envs.vector import InvertedPendulumVectorEnv
 from studies.episodes import FloatArray, Outcome, Policy, evaluate, regret
+from studies.frozen import SideBySide, go_side_by_side
 
 
 class Score(NamedTuple):
@@ -90,7 +91,13 @@ class Pendulum:
 
     def score(self, policies: Sequence[Policy], seed: int, count: int) -> list[Score]:
         """Every policy alone, from the same starts as the expert."""
-        outcome = evaluate(policies, self.envs(len(policies) * count), self.starts(seed, count))
+        envs, starts = self.envs(len(policies) * count), self.starts(seed, count)
+        if go_side_by_side(policies):
+            together = evaluate([SideBySide(policies)], envs, np.tile(starts, (len(policies), 1)))
+            shape = len(policies), count
+            outcome = Outcome(*(part.reshape(shape) for part in together))  # type: ignore[arg-type]
+        else:
+            outcome = evaluate(policies, envs, starts)
         expert = _expert_outcome(self, seed, count)
         rows = zip(
             outcome.success.mean(axis=1), regret(outcome.cost, expert.cost[0]), np.isfinite(outcome.cost).mean(axis=1),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.models.context import ContextWindow
@@ -65,7 +66,8 @@ class _Timed:
         """One sample, as a rollout would process it."""
         context = self._learner.policy.start(state)
         begin = time.perf_counter()
-        features = self._learner.policy.encode(context)
+        # A learner of every layer makes passes of its own.
+        features = self._learner.policy.encode(context) if isinstance(self._learner, OnlineAlgorithm) else None
         encoded = time.perf_counter()
         self._learner.update(Sample(context, label, features=features))
         self._update.append(time.perf_counter() - encoded)

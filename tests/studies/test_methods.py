@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny
@@ -12,7 +14,7 @@ from kbt_rl.agents.sample import Sample
 from kbt_rl.inference.errors import UpdateError
 from studies import printed
 from studies.fleet import Fleet
-from studies.frozen import frozen
+from studies.frozen import SideBySide, frozen, go_side_by_side
 from studies.methods import (
     DEFAULT,
     EKF,
@@ -167,3 +169,38 @@ def test_the_uncertainty_of_a_fleet_is_that_of_its_learners() -> None:
     moments = alone.policy.predict_moments(STATES[:5])
     np.testing.assert_allclose(found[0], moments.epistemic[:, 0, 0] / moments.aleatoric[:, 0, 0], rtol=1e-6)
     assert (found[1] > found[0]).all()
+
+
+@pytest.mark.parametrize("method", [DEFAULT, TWO_LAYERS, ONE_LAYER, EVERY_LAYER, warm_start(10)], ids=lambda m: m.name)
+def test_snapshots_act_side_by_side_as_each_alone(method: Method) -> None:
+    learner, snapshots = build(method, tiny.setting()), []
+    for sample in samples(12):
+        learner.update(sample)
+        snapshots.append(frozen(learner.policy))
+    snapshots = snapshots[1::5]
+    assert len(snapshots) == 3
+    assert go_side_by_side(snapshots)
+    together = SideBySide(snapshots)
+    states: list[Any] = [None, None, None]
+    state, begins = None, np.zeros(12, dtype=bool)
+    for observations in (STATES, STATES[::-1]):
+        found, state = together.predict(observations, state, begins, deterministic=True)
+        for index, rows in enumerate(np.split(np.arange(12), 3)):
+            policy = snapshots[index]
+            wanted, states[index] = policy.predict(observations[rows], states[index], begins[rows], deterministic=True)
+            np.testing.assert_allclose(found[rows], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", LEARNERS, ids=lambda method: method.name)
+def test_a_context_is_learned_from_as_the_state_is(method: Method) -> None:
+    by_state, by_context = (build(method, tiny.setting()) for _ in range(2))
+    for state, label, *_ in samples(12):
+        by_state.update(Sample(state, label))
+        by_context.update(Sample(by_context.policy.start(state), label))  # type: ignore[attr-defined]
+    np.testing.assert_allclose(actions(by_context.policy), actions(by_state.policy), rtol=1e-6, atol=1e-7)
+
+
+def test_policies_of_other_kinds_do_not_act_side_by_side() -> None:
+    kinds = [build(method, tiny.setting()).policy for method in (DEFAULT, warm_start(10))]
+    assert not go_side_by_side(kinds)
+    assert not go_side_by_side([tiny.setting().task.expert()])
