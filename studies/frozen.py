@@ -26,34 +26,36 @@ from studies.episodes import Policy
 
 
 class TwoLayers(NamedTuple):
-    """All that the mean of a two-layer head with one output depends on.
+    """All that the mean of a two-layer head with one output depends on; several in one, with a dimension in front.
 
     Attributes:
         first: Mean weights of the hidden layer, ``(n, d + 1)``.
         last: Mean weights of the output, ``(1, n + 1)``.
         units: Covariance of the weights of each hidden unit, ``(n, d + 1, d + 1)``.
-        coupling: Covariance of those with the unit's weight in the last layer, ``(n, d + 1)``; None without.
-        feature_variance: Of each feature.
+        coupling: Covariance of those with the unit's weight in the last layer, ``(n, d + 1)``.
+        feature_variance: Of each feature, ``()``.
     """
 
     first: Tensor
     last: Tensor
     units: Tensor
-    coupling: Tensor | None = None
-    feature_variance: float = 0.0
+    coupling: Tensor
+    feature_variance: Tensor
 
     def mean(self, inputs: Tensor) -> Tensor:
         """Of the output for features in the head's units, ``(B, d)`` to ``(B, 1)``; Eqs. (18) to (22)."""
         rows = augment(inputs)
-        of_features = self.units[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum(1) + self.first[:, :-1].square().sum(1)
-        variance = ((rows @ self.units) * rows).sum(-1).mT + self.feature_variance * of_features
+        variances = self.units[..., :-1, :-1].diagonal(dim1=-2, dim2=-1)
+        of_features = variances.sum(-1) + self.first[..., :-1].square().sum(-1)
+        squares = (rows.unsqueeze(-1) * rows.unsqueeze(-2)).flatten(-2)  # so that all forms are one matrix product
+        forms = squares @ self.units.flatten(-2).mT
+        variance = forms + (self.feature_variance[..., None] * of_features).unsqueeze(-2)
         mean, deviation = rows @ self.first.mT, variance.clamp_min(1e-300).sqrt()
         ratio = mean / deviation
         slope = gaussian_cdf(ratio)
         output = augment(mean * slope + deviation * gaussian_pdf(ratio)) @ self.last.mT
-        if self.coupling is not None:  # E[w z] = E[w] E[z] + Cov(w, z), with Cov(w, relu(u)) = Cov(w, u) Phi
-            output = output + (slope * (rows @ self.coupling.mT)).sum(-1, keepdim=True)
-        return output
+        # E[w z] = E[w] E[z] + Cov(w, z), with Cov(w, relu(u)) = Cov(w, u) Phi
+        return output + (slope * (rows @ self.coupling.mT)).sum(-1, keepdim=True)
 
 
 def unit_covariances(cov: Tensor, units: int) -> Tensor:
@@ -62,36 +64,53 @@ def unit_covariances(cov: Tensor, units: int) -> Tensor:
     return torch.stack([blocks[unit, :, unit] for unit in range(units)])
 
 
-class _FrozenTwoLayers(TransformerPolicy):
-    """Acts as a policy with a two-layer head did."""
+class TwoLayerPolicy(TransformerPolicy):
+    """Acts as a policy with a two-layer head did.
 
-    def __init__(self, policy: DecisionTransformerPolicy) -> None:
+    Args:
+        policy: Its encoder, and the units of its head.
+        layers: What the head was.
+    """
+
+    def __init__(self, policy: DecisionTransformerPolicy, layers: TwoLayers) -> None:
         super().__init__(policy.observation_space, policy.action_space, transformer=policy.transformer_config)  # type: ignore[arg-type]
         self.transformer.load_state_dict(policy.transformer.state_dict())
-        head = policy.head
-        (n, k), cov = head.spec.shapes[0], head.covariance()
-        above = cov[n * k : n * k + n, : n * k].view(n, n, k)
-        first, last = (weight.clone() for weight in weights_of(head.state))
-        units, coupling = unit_covariances(cov[: n * k, : n * k], n), torch.stack([above[j, j] for j in range(n)])
-        self._layers = TwoLayers(first, last, units, coupling, head.spec.feature_variance)
+        self.layers, head = layers, policy.head
         self._centre, self._divisor = head.feature_mean.clone(), head.feature_scale.clone()
         self._scale = head.target_scale.clone()
 
     def act(self, features: Tensor) -> Array:
         """See ``TransformerPolicy.act``."""
+        return self.act_by(self.layers, features)
+
+    def act_by(self, layers: TwoLayers, features: Tensor) -> Array:
+        """Mean actions by these layers, ``(..., n, d)`` to ``(..., n, a)``."""
         with torch.inference_mode():
-            output = self._layers.mean((features.double() - self._centre) / self._divisor)
+            output = layers.mean((features.double() - self._centre) / self._divisor)
             actions: Array = self.actions.mean(output * self._scale).numpy()
             return actions
 
 
+def two_layers(policy: DecisionTransformerPolicy) -> TwoLayers:
+    """The head of a policy as it is now."""
+    head = policy.head
+    (n, k), cov = head.spec.shapes[0], head.covariance()
+    above = cov[n * k : n * k + n, : n * k].view(n, n, k)
+    first, last = (weight.clone() for weight in weights_of(head.state))
+    units, coupling = unit_covariances(cov[: n * k, : n * k], n), torch.stack([above[j, j] for j in range(n)])
+    return TwoLayers(first, last, units, coupling, first.new_tensor(head.spec.feature_variance))
+
+
 def frozen(policy: Any) -> Policy:
-    """The policy as it is now, whatever it learns later."""
+    """The policy as it is now, whatever it learns later; with a ``freeze`` of its own, by that."""
+    if hasattr(policy, "freeze"):
+        own: Policy = policy.freeze()
+        return own
     if type(policy) is DecisionTransformerPolicy and len(policy.heads) == 1:
         head = policy.head
         plain = policy.skip == "none" and head.config.propagation == "moments"
         if plain and len(head.spec.shapes) == 2 and head.spec.outputs == 1:
-            return _FrozenTwoLayers(policy)
+            return TwoLayerPolicy(policy, two_layers(policy))
     copied: Policy = copy.deepcopy(policy)
     return copied
 
@@ -107,10 +126,16 @@ class SideBySide:
     """
 
     def __init__(self, policies: Sequence[TransformerPolicy]) -> None:
-        self._policies = policies
-        self._stacked: Any = None
+        self._policies, self._means = policies, self._of_parts
         if not _on_one_encoder(policies):
-            self._stacked = stack_module_state([policy.transformer for policy in policies])
+            self._means, self._transformers = (
+                self._of_transformers, stack_module_state([policy.transformer for policy in policies])
+            )  # fmt: skip
+        elif all(isinstance(policy, TwoLayerPolicy) for policy in policies):
+            self._means, self._layers = (
+                self._of_layers,
+                TwoLayers(*map(torch.stack, zip(*(policy.layers for policy in policies), strict=True))),
+            )
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
@@ -121,15 +146,22 @@ class SideBySide:
         actions = first.clip(self._means(context))
         return actions, first.with_action(context, actions)
 
-    def _means(self, context: ContextWindow) -> Array:
-        first, count = self._policies[0], len(self._policies)
-        if self._stacked is None:
-            parts = first.encode(context).chunk(count)
-            return np.concatenate([policy.act(part) for policy, part in zip(self._policies, parts, strict=True)])
-        rows = [torch.from_numpy(array).unflatten(0, (count, -1)) for array in context[:3]]
+    def _of_parts(self, context: ContextWindow) -> Array:
+        parts = self._policies[0].encode(context).chunk(len(self._policies))
+        return np.concatenate([policy.act(part) for policy, part in zip(self._policies, parts, strict=True)])
+
+    def _of_layers(self, context: ContextWindow) -> Array:
+        first = self._policies[0]
+        assert isinstance(first, TwoLayerPolicy)
+        actions = first.act_by(self._layers, first.encode(context).unflatten(0, (len(self._policies), -1)))
+        return actions.reshape(-1, actions.shape[-1])
+
+    def _of_transformers(self, context: ContextWindow) -> Array:
+        first = self._policies[0]
+        rows = [torch.from_numpy(array).unflatten(0, (len(self._policies), -1)) for array in context[:3]]
         rows[:2] = [array.float() for array in rows[:2]]
         with torch.no_grad():
-            scaled = vmap(lambda state, *row: functional_call(first.transformer, state, row))(self._stacked, *rows)
+            scaled = vmap(lambda state, *row: functional_call(first.transformer, state, row))(self._transformers, *rows)
             means: Array = first.actions.mean(scaled[:, :, -1].flatten(0, 1).double()).numpy()
             return means
 
@@ -138,7 +170,7 @@ def go_side_by_side(policies: Sequence[Policy]) -> TypeGuard[Sequence[Transforme
     """Whether ``SideBySide`` can act for them: plain policies on one encoder, or plain transformers."""
     if all(type(policy) is TransformerPolicy for policy in policies):
         return True
-    plain = all(type(policy) in (DecisionTransformerPolicy, _FrozenTwoLayers) for policy in policies)
+    plain = all(type(policy) in (DecisionTransformerPolicy, TwoLayerPolicy) for policy in policies)
     return plain and _on_one_encoder(policies)  # type: ignore[arg-type]
 
 

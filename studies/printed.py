@@ -18,7 +18,7 @@ from kbt_rl.inference.network import weights_of
 from kbt_rl.inference.paper import rts_update
 from kbt_rl.inference.types import Gaussian
 from kbt_rl.models.context import ContextWindow
-from studies.frozen import TwoLayers, unit_covariances
+from studies.frozen import TwoLayerPolicy, TwoLayers, unit_covariances
 from studies.trial import Setting
 
 
@@ -45,14 +45,21 @@ class PrintedPolicy(DecisionTransformerPolicy):
         """Features as the posterior takes them, ``(n, d)``."""
         return (features.double() - self.head.feature_mean) / self.head.feature_scale
 
+    def freeze(self) -> TwoLayerPolicy:
+        """As it is now, see ``frozen``."""
+        return TwoLayerPolicy(self, self._layers())
+
     def act(self, features: Tensor) -> Array:
         """Mean action; rows on their own."""
-        head, (first, last) = self.head, self.weights
         with torch.inference_mode():
-            units = unit_covariances(self.cov[0], len(first))
-            layers = TwoLayers(first, last, units, feature_variance=head.spec.feature_variance)
-            actions: Array = (layers.mean(self.in_units(features)) * head.target_scale).numpy()
+            actions: Array = (self._layers().mean(self.in_units(features)) * self.head.target_scale).numpy()
             return actions
+
+    def _layers(self) -> TwoLayers:
+        """Independent of each other."""
+        (first, last), feature_variance = self.weights, self.head.spec.feature_variance
+        units = unit_covariances(self.cov[0], len(first))
+        return TwoLayers(first, last, units, torch.zeros_like(first), first.new_tensor(feature_variance))
 
 
 class PrintedKBT(KBT):
@@ -88,7 +95,7 @@ class PrintedKBT(KBT):
                 )
         except RuntimeError as error:
             raise UpdateError(f"the printed update broke after {self.labels_used} labels: {error}") from error
-        finite = all(bool(torch.isfinite(part).all()) for part in (*weights, *cov))
+        finite = all(bool(torch.isfinite(part.sum())) for part in (*weights, *cov))
         if not finite or not all(bool((part.diagonal() >= 0.0).all()) for part in cov):
             raise UpdateError(f"the printed update broke after {self.labels_used} labels: NaN or a negative variance")
         policy.weights, policy.cov, policy.labels = weights, cov, policy.labels + len(target)

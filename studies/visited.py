@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from studies import plots
-from studies.curve import CurveTrial, grid
+from studies.curve import VISITED, CurveTrial, grid
 from studies.curve import run as run
 from studies.methods import PRINTED, warm_start
 from studies.success import HEADS
@@ -37,12 +37,20 @@ def plan(size: Size, *, with_iid: bool = True) -> list[CurveTrial]:
 
 def report(table: Table) -> Iterator[Text | plots.Picture]:
     """Success with either kind of labels, and a panel for each method."""
+    table = Table(
+        row if VISITED in row.task else row._replace(task=f"{row.task}, labels at i.i.d. states") for row in table
+    )
     for task, rows in table.by("task").items():
         yield grid(rows, f"Success: {task}", "success", CHECKPOINTS[1:])
     panels = []
     for method, rows in table.by("method").items():
-        title = method.replace(", ", "\n").replace(" (", "\n(")
+        title = (
+            method.replace(", ", "\n", 1)
+            .replace(" (", "\n(")
+            .replace("\nmemory", ", memory")
+            .replace(" the obs", "\nthe obs")
+        )
         falls = rows.mean("falls while learning", 1, plain=True)
-        axes = {"xlabel": f"labels\n{falls} falls a run while learning", "ylim": (-0.03, 1.03)}
+        axes = {"xlabel": f"labels; {falls} falls a run while learning", "ylim": (-0.03, 1.03)}
         panels.append(plots.Panel(title, rows.where(metric="success"), axes, by="task"))
-    yield plots.Picture("visited", panels, 4.4)
+    yield plots.Picture("visited", panels, 7.4, columns=3)

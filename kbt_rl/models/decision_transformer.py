@@ -179,8 +179,8 @@ class DecisionTransformer(nn.Module):
         return features[:, state_token::per_step]
 
     def _through_layers(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """``self.encoder(tokens, mask)``, by a shorter way for one token without gradient."""
-        if mask is None and not torch.is_grad_enabled():
+        """``self.encoder(tokens, mask)``, by a shorter way for one token."""
+        if mask is None:
             for block in self._blocks:
                 tokens = block(tokens)
             return tokens

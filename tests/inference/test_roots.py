@@ -147,6 +147,47 @@ def test_without_noise_a_direction_is_certain_and_cannot_be_taken_back() -> None
         roots.restored(measured, phi, nothing)
 
 
+@pytest.mark.parametrize("change", [-0.999, -1e-3, -1e-17, 1e-17, 1e-12, 1e-3, 1.0, 1e5, 1e12, 1e20])
+def test_one_variance_that_a_rule_raises_or_lowers(change: float) -> None:
+    """``R' (I + t c c') R`` and the way back."""
+    root, column = lower_root(random_cov(5, seed=1)), torch.nn.functional.normalize(randn(5, 1, seed=2), dim=0)
+    column *= abs(change) ** 0.5
+    sign = torch.tensor([1.0 if change > 0.0 else -1.0], dtype=torch.float64)
+    moves = roots.replacing(root, column, sign, "the sum")
+    moved, c = roots.measured(root, moves), matrix(column)
+    exact = matrix(root).T * (mpmath.eye(5) + float(sign) * c * c.T) * matrix(root)
+    assert torch.equal(moved.tril(), moved)
+    for seed in range(4):
+        assert error_along(moved, exact, randn(5, seed=50 + seed)) < 1e-12
+    assert roots.are_invertible(moves)
+    torch.testing.assert_close(roots.unmeasured(moved, moves), root, rtol=0.0, atol=1e-15 * (10.0 + abs(change) ** 0.5))
+
+
+def test_several_variances_at_once_and_the_way_back() -> None:
+    root, columns = lower_root(random_cov(5, seed=1)), 0.3 * randn(5, 3, seed=2)
+    signs = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)
+    moves = roots.replacing(root, columns, signs, "the sum")
+    moved = roots.measured(root, moves)
+    expected = root.mT @ (torch.eye(5, dtype=torch.float64) + (columns * signs) @ columns.mT) @ root
+    torch.testing.assert_close(moved.mT @ moved, expected, rtol=1e-13, atol=1e-15)
+    assert roots.are_invertible(moves)
+    assert torch.equal(roots.unmeasured(moved, moves), root)
+
+
+def test_a_variance_cannot_be_lowered_to_nothing() -> None:
+    column = torch.tensor([[0.8], [0.6]], dtype=torch.float64)
+    with pytest.raises(NotPositiveDefiniteError, match="the sum"):
+        roots.replacing(
+            torch.eye(2, dtype=torch.float64), 1.000001 * column, -torch.ones(1, dtype=torch.float64), "the sum"
+        )
+
+
+def test_nothing_changes_along_a_direction_without_change() -> None:
+    root = lower_root(random_cov(3, seed=1))
+    moves = roots.replacing(root, torch.zeros(3, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), "the sum")
+    assert torch.equal(roots.measured(root, moves), root)
+
+
 def test_what_is_not_measured_stays_bit_by_bit() -> None:
     root, zero = lower_root(random_cov(4, seed=1)), torch.zeros(4, dtype=torch.float64)
     for noise in torch.tensor([0.0, 1.0], dtype=torch.float64):

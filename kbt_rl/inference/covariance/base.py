@@ -115,7 +115,7 @@ class Structure(ABC):
             "another network, noise or rule (see HeadConfig.structure); use 'joint'"
         )
 
-    def replaced(self, state: HeadState, projected: Any, factor: Tensor, signs: Tensor) -> Replacement:
+    def replaced(self, state: HeadState, projected: Any, factor: Tensor, signs: Tensor) -> Any:
         """The move ``Sigma += X F diag(signs) F' X'`` with ``X = Cov(w, u)``, for rules that are not Bayes' rule.
 
         Raises:

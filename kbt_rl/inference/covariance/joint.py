@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kbt_rl.inference.covariance import roots
-from kbt_rl.inference.covariance.base import Cov, PriorLayer, Replacement, Structure
+from kbt_rl.inference.covariance.base import Cov, PriorLayer, Structure
 from kbt_rl.inference.types import HeadState, Jacobian, LayerShape, Part
 
 
@@ -97,11 +97,6 @@ class ByRoot(Structure):
         """See ``Structure``."""
         return (step @ projected) @ self.root(state)
 
-    def added_by(self, state: HeadState, projected: Tensor, factor: Tensor, signs: Tensor) -> Tensor:
-        """``Sigma + X F diag(signs) F' X'``, see ``Structure.replaced``."""
-        moves = self.root(state).mT @ (projected.mT @ factor)
-        return self.dense(state) + (moves * signs) @ moves.mT
-
     def _own_columns(self, state: HeadState, layer: int) -> Tensor:
         """Columns of the root that belong to a layer's weights, from the diagonal on, ``(m, n k)``."""
         first, (n, k) = first_weights(state.spec.shapes)[layer], state.spec.shapes[layer]
@@ -137,26 +132,21 @@ class Joint(ByRoot):
         """See ``Structure``."""
         return roots.whitened(projected.mT @ directions, rest)
 
-    def replaced(self, state: HeadState, projected: Tensor, factor: Tensor, signs: Tensor) -> Replacement:
+    def replaced(self, state: HeadState, projected: Tensor, factor: Tensor, signs: Tensor) -> Any:
         """See ``Structure``."""
-        after = self.added_by(state, projected, factor, signs)
-        return Replacement(state.clone().cov, (roots.proper_root(after, "the covariance of all weights"),))
+        return roots.replacing(state.cov[0], projected.mT @ factor, signs, "the covariance of all weights")
 
     def apply(self, cov: Cov, moves: Any) -> Cov:
         """See ``Structure``."""
-        if isinstance(moves, Replacement):
-            return moves.after
         return (roots.measured(cov[0], moves),)
 
     def revert(self, cov: Cov, moves: Any) -> Cov:
         """See ``Structure``."""
-        if isinstance(moves, Replacement):
-            return moves.before
         return (roots.unmeasured(cov[0], moves),)
 
     def invertible(self, moves: Any) -> bool:
         """See ``Structure``."""
-        return isinstance(moves, Replacement) or roots.are_invertible(moves)
+        return roots.are_invertible(moves)
 
     def added(self, cov: Cov, other: Cov, scale: float, other_scale: float) -> Cov:
         """See ``Structure``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kbt_rl.inference.covariance import roots
-from kbt_rl.inference.covariance.base import Cov, PriorLayer, Replacement, Structure
+from kbt_rl.inference.covariance.base import Cov, PriorLayer, Structure
 from kbt_rl.inference.covariance.joint import own_covariance, times_root
 from kbt_rl.inference.types import HeadState, Jacobian, LayerShape
 
@@ -35,45 +35,36 @@ class Layered(Structure):
             parts.append((root.view(-1, *root.shape[-2:]).mT @ moved).flatten())
         return torch.cat(parts)
 
-    def measured(
-        self, state: HeadState, projected: list[Tensor], directions: Tensor, rest: Tensor
-    ) -> list[roots.Measurements]:
+    def measured(self, state: HeadState, projected: list[Tensor], directions: Tensor, rest: Tensor) -> Any:
         """See ``Structure``; to each block, what the others contribute to an output is noise."""
         columns = [layer @ directions for layer in projected]
         others = roots.sums_of_others(torch.cat([layer.mT @ layer for layer in columns]))
-        moves = []
-        for root, layer, other in zip(state.cov, columns, others.split([len(c) for c in columns]), strict=True):
-            phi, noise = roots.whitened(layer, other + rest)
-            moves.append(
-                roots.Measurements(phi.reshape(*root.shape[:-2], *phi.shape[1:]), noise.reshape(*root.shape[:-2], -1))
-            )
-        return moves
+        return [
+            _like(root, roots.whitened(layer, other + rest))
+            for root, layer, other in zip(state.cov, columns, others.split([len(c) for c in columns]), strict=True)
+        ]
 
-    def replaced(self, state: HeadState, projected: list[Tensor], factor: Tensor, signs: Tensor) -> Replacement:
+    def replaced(self, state: HeadState, projected: list[Tensor], factor: Tensor, signs: Tensor) -> Any:
         """See ``Structure``."""
-        after = []
-        for root, columns in zip(state.cov, projected, strict=True):
-            blocks = root.view(-1, *root.shape[-2:])
-            moves = blocks.mT @ (columns @ factor)
-            cov = blocks.mT @ blocks + (moves * signs) @ moves.mT
-            after.append(roots.proper_root(cov, "the covariance of the weights").view_as(root))
-        return Replacement(state.clone().cov, tuple(after))
+        return [
+            _like(
+                root,
+                roots.replacing(root.view(-1, *root.shape[-2:]), columns @ factor, signs, "the weights' covariance"),
+            )
+            for root, columns in zip(state.cov, projected, strict=True)
+        ]
 
     def apply(self, cov: Cov, moves: Any) -> Cov:
         """See ``Structure``."""
-        if isinstance(moves, Replacement):
-            return moves.after
         return tuple([roots.measured(root, own) for root, own in zip(cov, moves, strict=True)])
 
     def revert(self, cov: Cov, moves: Any) -> Cov:
         """See ``Structure``."""
-        if isinstance(moves, Replacement):
-            return moves.before
         return tuple([roots.unmeasured(root, own) for root, own in zip(cov, moves, strict=True)])
 
     def invertible(self, moves: Any) -> bool:
         """See ``Structure``."""
-        return isinstance(moves, Replacement) or all(roots.are_invertible(own) for own in moves)
+        return all(roots.are_invertible(own) for own in moves)
 
     def added(self, cov: Cov, other: Cov, scale: float, other_scale: float) -> Cov:
         """See ``Structure``."""
@@ -92,6 +83,11 @@ class Layered(Structure):
     def check(self, cov: Cov) -> None:
         """See ``Structure``."""
         roots.check_roots(cov)
+
+
+def _like(root: Tensor, moves: Any) -> Any:
+    """A move of ``(blocks, ...)`` with the leading dimensions of a layer's root."""
+    return type(moves)(*(part.reshape(*root.shape[:-2], *part.shape[1:]) for part in moves))
 
 
 class Layer(Layered):

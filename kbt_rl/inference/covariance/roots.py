@@ -10,8 +10,10 @@ A measurement of ``h' w`` with noise variance ``r`` multiplies the root: with ``
     row_i <- sqrt(alpha_{i-1} / alpha_i) row_i - phi_i / sqrt(alpha_{i-1} alpha_i) (phi_1 row_1 + ... + phi_{i-1}
     row_{i-1})
 
-(Carlson 1973, "Fast triangular formulation of the square root filter", AIAA Journal 11). All functions take leading
-batch dimensions. ``kernels.roots`` has the same in machine code.
+(Carlson 1973, "Fast triangular formulation of the square root filter", AIAA Journal 11). A rule that is not Bayes' may
+raise a variance. The same map does that where all ``alpha`` are negative, ``alpha_m = -1 / t`` for a covariance that
+becomes ``Sigma + t k k'``; a negative noise stands for this ``alpha_m``, not for ``r``, whose digits might be gone. All
+functions take leading batch dimensions. ``kernels.roots`` has the same in machine code.
 """
 
 from __future__ import annotations
@@ -29,18 +31,30 @@ from kbt_rl.inference.machine_code import kernels
 from kbt_rl.inference.types import LayerShape
 
 
+def sums(phi: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """``alpha_{i-1}`` and ``alpha_i``, ``(..., m)`` each; summed from the end where the noise is negative."""
+    squares, start = phi.square(), noise.unsqueeze(-1)
+    after = squares.cumsum(-1) + start
+    before = torch.cat([start, after[..., :-1]], dim=-1)
+    if bool((noise < 0.0).any()):
+        rising = start < 0.0
+        reverse = start - squares.flip(-1).cumsum(-1).flip(-1)
+        before = torch.where(rising, reverse, before)
+        after = torch.where(rising, torch.cat([reverse[..., 1:], start], dim=-1), after)
+    return before, after
+
+
 def factors(phi: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """``sqrt(alpha_{i-1} / alpha_i)`` and ``phi_i / sqrt(alpha_{i-1} alpha_i)``, ``(..., m)`` each.
 
     Args:
         phi: ``R h``, ``(..., m)``.
-        noise: ``r``, not negative, ``(...)``.
+        noise: ``r``, or ``-1 / t``, ``(...)``.
     """
-    after = phi.square().cumsum(-1) + noise.unsqueeze(-1)
-    before = torch.cat([noise.unsqueeze(-1), after[..., :-1]], dim=-1)
+    before, after = sums(phi, noise)
     # Where nothing has been measured so far, the row stays; where the noise is 0, the first measured one vanishes.
-    keep = torch.where(after > 0.0, (before / after).sqrt(), 1.0)
-    mix = torch.where(before > 0.0, phi / (after * keep), 0.0)
+    keep = torch.where(after != 0.0, (before / after).sqrt(), 1.0)
+    mix = torch.where(before != 0.0, phi / (after * keep), 0.0)
     return keep, mix
 
 
@@ -69,9 +83,9 @@ def restored(root: Tensor, phi: Tensor, noise: Tensor) -> Tensor:
     keep, _ = factors(phi, noise)
     if not bool((keep > 0.0).all()):
         raise NotPositiveDefiniteError("the covariance after a measurement without noise", 0.0)
-    after = phi.square().cumsum(-1) + noise.unsqueeze(-1)
+    _, after = sums(phi, noise)
     scaled = root / keep.unsqueeze(-1)
-    weighted = torch.where(after > 0.0, phi / after, 0.0).unsqueeze(-1) * scaled
+    weighted = torch.where(after != 0.0, phi / after, 0.0).unsqueeze(-1) * scaled
     return scaled + phi.unsqueeze(-1) * _sums_above(weighted)
 
 
@@ -101,7 +115,7 @@ class Measurements(NamedTuple):
 
     Attributes:
         phi: ``R h`` of each direction, by the root before all of them, ``(..., q, m)``.
-        noise: Variance of each, ``(..., q)``.
+        noise: Variance of each, ``(..., q)``; negative where it raises variances, see above.
     """
 
     phi: Tensor
@@ -125,8 +139,41 @@ def whitened(projected: Tensor, noise_cov: Tensor) -> Measurements:
     return Measurements(torch.linalg.solve_triangular(cholesky, projected.mT, upper=False), torch.ones_like(noise))
 
 
-def measured(root: Tensor, moves: Measurements) -> Tensor:
+class Replaced(NamedTuple):
+    """Another root in the place of the one before."""
+
+    before: Tensor
+    after: Tensor
+
+
+def replacing(root: Tensor, columns: Tensor, signs: Tensor, name: str) -> Measurements | Replaced:
+    """The move to ``R' (I + C diag(signs) C') R``, in ``m^3``; for a single column as a measurement, in ``m^2``.
+
+    Args:
+        root: ``R``, ``(..., m, m)``.
+        columns: ``C``, ``(..., m, q)``.
+        signs: ``(q,)``.
+        name: Of the covariance, for an error.
+
+    Raises:
+        NotPositiveDefiniteError: It would be no covariance.
+    """
+    if columns.shape[-1] > 1:
+        moved = root.mT @ columns
+        return Replaced(root.clone(), proper_root(root.mT @ root + (moved * signs) @ moved.mT, name))
+    length = columns.norm(dim=-2)
+    change = signs * length.square()
+    if not bool((change > -1.0).all()):  # the share of the direction's variance that is left
+        raise NotPositiveDefiniteError(name, float(1.0 + change.min()))
+    noise = torch.where(change > 0.0, -1.0 / change, -(1.0 + change) / change)
+    phi = columns.mT / torch.where(change != 0.0, length, 1.0).unsqueeze(-1)
+    return Measurements(phi, torch.where(change != 0.0, noise, 1.0))
+
+
+def measured(root: Tensor, moves: Measurements | Replaced) -> Tensor:
     """The root after all measurements; by machine code where there is some."""
+    if isinstance(moves, Replaced):
+        return moves.after
     code, size = kernels(), root.shape[-1]
     if code is not None and root.device.type == "cpu":
         out = root.contiguous().clone()
@@ -142,13 +189,15 @@ def measured(root: Tensor, moves: Measurements) -> Tensor:
     return carried[..., :size]
 
 
-def are_invertible(moves: Measurements) -> bool:
+def are_invertible(moves: Measurements | Replaced) -> bool:
     """Whether no measurement was without noise, which leaves nothing to restore from."""
-    return bool(((moves.noise > 0.0) | ~moves.phi.any(-1)).all())
+    return isinstance(moves, Replaced) or bool(((moves.noise != 0.0) | ~moves.phi.any(-1)).all())
 
 
-def unmeasured(root: Tensor, moves: Measurements) -> Tensor:
+def unmeasured(root: Tensor, moves: Measurements | Replaced) -> Tensor:
     """The root before them."""
+    if isinstance(moves, Replaced):
+        return moves.before
     phis, left = [], moves.phi.mT
     for index in range(moves.noise.shape[-1]):
         phis.append(left[..., 0])

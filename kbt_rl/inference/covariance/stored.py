@@ -45,7 +45,8 @@ class Stored(ByRoot):
 
     def replaced(self, state: HeadState, projected: Tensor, factor: Tensor, signs: Tensor) -> Replacement:
         """See ``Structure``."""
-        return self._moved(state, self.added_by(state, projected, factor, signs))
+        moves = self.root(state).mT @ (projected.mT @ factor)
+        return self._moved(state, self.dense(state) + (moves * signs) @ moves.mT)
 
     def _moved(self, state: HeadState, cov: Tensor) -> Replacement:
         return Replacement(state.clone().cov, self.store(cov, state.spec.shapes))

@@ -60,6 +60,25 @@ def transposed(root: Array, vector: Array, start: int, out: Array) -> None:
 
 
 @compiled
+def factors(phi: Array, noise: float, keep: Array, mix: Array) -> None:
+    """``covariance.roots.factors``; partial sums go up from the noise, or from the end where it is negative."""
+    if noise < 0.0:
+        after = noise
+        for i in range(phi.size - 1, -1, -1):
+            before = after - phi[i] * phi[i]
+            keep[i] = math.sqrt(before / after)
+            mix[i] = phi[i] / (after * keep[i])
+            after = before
+        return
+    before = noise
+    for i in range(phi.size):
+        after = before + phi[i] * phi[i]
+        keep[i] = math.sqrt(before / after) if after > 0.0 else 1.0
+        mix[i] = phi[i] / (after * keep[i]) if before > 0.0 else 0.0
+        before = after
+
+
+@compiled
 def downdate(root: Array, phi: Array, noise: float, gain: Array) -> None:
     """Take a measurement with ``phi = R h``; ``gain`` receives ``R' phi = Sigma h`` of before.
 
@@ -67,12 +86,8 @@ def downdate(root: Array, phi: Array, noise: float, gain: Array) -> None:
     """
     size = root.shape[0]
     keep, mix = np.empty(size), np.empty(size)
-    before = noise
+    factors(phi, noise, keep, mix)
     for i in range(size):
-        after = before + phi[i] * phi[i]
-        keep[i] = math.sqrt(before / after) if after > 0.0 else 1.0
-        mix[i] = phi[i] / (after * keep[i]) if before > 0.0 else 0.0
-        before = after
         gain[i] = 0.0
     whole = size - size % 4
     for i in range(0, whole, 4):
@@ -102,20 +117,18 @@ def downdate(root: Array, phi: Array, noise: float, gain: Array) -> None:
 def take(blocks: Array, phis: Array, noises: Array) -> None:
     """``covariance.roots.measured`` for each of ``(N, m, m)``, in place; directions ``(N, q, m)`` are used up."""
     size, count = blocks.shape[1], noises.shape[1]
-    gain = np.empty(size)
+    gain, keep, mix = np.empty(size), np.empty(size), np.empty(size)
     for block in range(blocks.shape[0]):
         for index in range(count):
             phi, noise = phis[block, index], noises[block, index]
             downdate(blocks[block], phi, noise, gain)
+            factors(phi, noise, keep, mix)
             for later in range(index + 1, count):  # the directions that are left move with the root
-                other, before, above = phis[block, later], noise, 0.0
+                other, above = phis[block, later], 0.0
                 for i in range(size):
-                    after, old = before + phi[i] * phi[i], other[i]
-                    keep = math.sqrt(before / after) if after > 0.0 else 1.0
-                    mix = phi[i] / (after * keep) if before > 0.0 else 0.0
-                    other[i] = keep * old - mix * above
+                    old = other[i]
+                    other[i] = keep[i] * old - mix[i] * above
                     above += phi[i] * old
-                    before = after
 
 
 @compiled
