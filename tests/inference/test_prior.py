@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from conftest import STRUCTURES, dense, randn, smallest_eigenvalue
@@ -178,3 +180,46 @@ def test_a_fresh_head_is_the_pretrained_layer_for_every_prior_variance(
         torch.testing.assert_close(head.predict(features).mean, expected, rtol=1e-10, atol=1e-10)
     assert bool(torch.isfinite(logits.cov).all())
     assert float(logits.cov.diagonal(dim1=-2, dim2=-1).min()) >= 0.0
+
+
+CLASSES_AND_FEATURES = [(2, 16), (10, 64), (96, 64), (1000, 64)]
+
+
+def log_losses(classes: int, features: int, changed: float, labels: int = 600) -> tuple[float, float]:
+    """Nats a label of a head that learns and of the layer that it started from, each label predicted before it is seen.
+
+    A share ``changed`` of the variance of the weights is drawn anew before the first label.
+    """
+    rng = np.random.default_rng(0)
+    before, other = rng.normal(size=(2, classes, features)) * 4.0 / features**0.5
+    now, bias = (1.0 - changed) ** 0.5 * before + changed**0.5 * other, rng.normal(size=classes)
+
+    def log_probabilities(weights: npt.NDArray[np.float64], row: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        logits = weights @ row + bias
+        return np.asarray(logits - np.logaddexp.reduce(logits))
+
+    head = BayesianHead(features, classes, HeadConfig(rule="laplace", layers=1))
+    head.reset(torch.from_numpy(before), torch.from_numpy(bias))
+    learning = static = 0.0
+    for _ in range(labels):
+        row = rng.normal(size=features)
+        label = rng.choice(classes, p=np.exp(log_probabilities(now, row)))
+        static -= log_probabilities(before, row)[label]
+        learning -= head.update(row[None], np.array([label])).log_density
+    return learning / labels, static / labels
+
+
+@pytest.mark.parametrize("changed", [0.3, 1.0])
+@pytest.mark.parametrize(("classes", "features"), CLASSES_AND_FEATURES)
+def test_the_default_softmax_prior_is_better_than_not_learning_in_a_changed_world(
+    classes: int, features: int, changed: float
+) -> None:
+    learning, static = log_losses(classes, features, changed)
+    assert learning < static
+
+
+@pytest.mark.parametrize(("classes", "features"), CLASSES_AND_FEATURES)
+def test_the_default_softmax_prior_costs_little_where_nothing_has_changed(classes: int, features: int) -> None:
+    """Not nothing: the prior is what makes a head learn where the world has changed."""
+    learning, static = log_losses(classes, features, 0.0)
+    assert static < learning < static + 0.1

@@ -35,6 +35,10 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+#: What ``reproduce`` runs and reports as they would alone.
+IN_REPRODUCE = ("success", "visited", "timing", "uncertainty", "start")
+
+
 def small(trial: Trial) -> Trial:
     """The trial in a fraction of a second."""
     wanted = {**SMALL, **OWN.get(trial.study, {})}
@@ -53,7 +57,7 @@ def _small_constants(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in IN_REPRODUCE])
 def test_a_study_runs_and_reports(name: str, tmp_path: Path) -> None:
     if name == "film":
         pytest.importorskip("pygame")
