@@ -1,18 +1,20 @@
 """Every layer of the transformer by a low-rank Kalman filter (``LinearisedHead``), behind the learners' interface.
 
-The last layer is as free as in the other heads; all that lies before it is held tight, as it is good already.
+Beside the transformer there is a straight path from the observation to the action, as KBT's head has one: zero at
+first, and free, since the new plant's law is linear in the state. All that has been trained is held tight.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.sample import Sample
+from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.linearised import LinearisedHead
 from kbt_rl.inference.types import UpdateInfo
@@ -20,37 +22,70 @@ from kbt_rl.models.context import ContextWindow
 from studies.trial import Setting
 
 
-class _OfState(nn.Module):
-    """The transformer as a function of the state alone, which is all that a context of one step holds."""
+class StraightPathPolicy(TransformerPolicy):
+    """A transformer policy with a straight path from the scaled observation to the action.
 
-    def __init__(self, transformer: nn.Module) -> None:
+    Args:
+        policy: Whose transformer it starts from.
+    """
+
+    def __init__(self, policy: TransformerPolicy) -> None:
+        super().__init__(policy.observation_space, policy.action_space, transformer=policy.transformer_config)  # type: ignore[arg-type]
+        self.transformer.load_state_dict(policy.transformer.state_dict())
+        self.straight = nn.Linear(
+            len(self.transformer.observation_scale), len(self.transformer.action_scale), bias=False
+        )
+        nn.init.zeros_(self.straight.weight)
+
+    def encode(self, context: ContextWindow) -> Tensor:
+        """The transformer's features and the scaled observation, see ``TransformerPolicy.encode``."""
+        scale = self.transformer.observation_scale
+        return torch.cat([super().encode(context), torch.from_numpy(context.newest).to(scale) / scale], dim=-1)
+
+    def act(self, features: Tensor) -> Array:
+        """See ``TransformerPolicy.act``."""
+        hidden, observation = features.tensor_split([self.transformer.config.width], dim=-1)
+        with torch.inference_mode():
+            straight = self.straight(observation) * self.transformer.action_scale
+            actions: Array = super().act(hidden) + self.actions.mean(straight.double()).numpy()
+            return actions
+
+
+class _OfState(nn.Module):
+    """The policy as a function of the state alone, which is all that a context of one step holds."""
+
+    def __init__(self, policy: StraightPathPolicy) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.straight = policy.transformer, policy.straight
 
     def forward(self, states: Tensor) -> Tensor:
         """``(B, 4)`` to ``(B, 1)``."""
-        zeros = states.new_zeros(len(states), 1, 1)
+        zeros, scale = states.new_zeros(len(states), 1, 1), self.transformer.observation_scale
         actions: Tensor = self.transformer(states.unsqueeze(1), zeros, torch.zeros(len(states), dtype=torch.int64))
-        return actions[:, -1]
+        straight: Tensor = self.straight(states / scale) * self.transformer.action_scale
+        return actions[:, -1] + straight
 
 
 class EveryLayer:
-    """A policy whose transformer has the mean of the posterior as its weights after every label."""
+    """A policy that has the mean of the posterior as its weights after every label.
+
+    Args:
+        setting: Where to start.
+        prior: Variance of the weights by name, of ``straight.weight`` and the transformer's.
+        **head: Further fields of the ``HeadConfig``.
+    """
 
     def __init__(self, setting: Setting, prior: dict[str, float], **head: Any) -> None:
-        self.policy = copy.deepcopy(setting.pretrained.policy)
-        transformer = self.policy.transformer
+        self.policy = StraightPathPolicy(setting.pretrained.policy)
         self.head = LinearisedHead(
-            _OfState(transformer), 1, HeadConfig(structure="low_rank", **head),
-            prior_variance={f"transformer.{pattern}": variance for pattern, variance in prior.items()},
-            target_scale=transformer.action_scale.double(),
+            _OfState(self.policy), 1, HeadConfig(structure="low_rank", **head), prior_variance=prior,
+            target_scale=self.policy.transformer.action_scale.double(),
         )  # fmt: skip
 
     def update(self, sample: Sample) -> UpdateInfo:
         """Learn from states and labels."""
         context = sample.context
-        states = context.observations[:, -1] if isinstance(context, ContextWindow) else np.asarray(context)
+        states = context.newest if isinstance(context, ContextWindow) else np.asarray(context)
         info = self.head.update(torch.as_tensor(states), np.asarray(sample.target))
-        learned = {name.removeprefix("transformer."): value for name, value in self.head.parameters_of_mean().items()}
-        self.policy.transformer.load_state_dict(learned, strict=False)
+        self.policy.load_state_dict(self.head.parameters_of_mean(), strict=False)
         return info
