@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from kbt_rl.agents.sample import Sample
+from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.inference.errors import UpdateError
 from studies.episodes import Policy, walk
 from studies.frozen import frozen
 from studies.methods import build
 from studies.pendulum import LabelStream, Pendulum, Score
+from studies.stacked import WarmStarts
 from studies.table import Row, Table, Text, interval
-from studies.trial import Fixed, Learner, Setting, Trial
+from studies.trial import Fixed, Learner, Method, Setting, Size, Trial
 
 #: Dense below 50 labels, where the methods differ.
 CHECKPOINTS = (0, 5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 75, 100, 125, 150, 200, 250, 300, 350, 400)
@@ -27,15 +29,17 @@ VISITED = "labels at visited states"
 
 @dataclass(frozen=True, kw_only=True)
 class CurveTrial(Trial):
-    """A learner on a stream of labels, scored alone at each checkpoint.
+    """A learner on a stream of labels, scored alone at each checkpoint; or one on each of several streams.
 
     Attributes:
+        streams: Streams from ``stream_seed`` on. Warm starts on several are trained side by side, in less time.
         checkpoints: Labels after which to score; it learns the last number of labels.
         starts: Episodes behind each score.
         states: Where labels are asked: ``iid`` in the label box, or ``visited`` by the learner itself.
         actions_only: With discrete actions, whether labels are actions rather than distributions over them.
     """
 
+    streams: int = 1
     checkpoints: tuple[int, ...] = CHECKPOINTS
     starts: int = 50
     states: Literal["iid", "visited"] = "iid"
@@ -47,42 +51,97 @@ class CurveTrial(Trial):
         return self.task if self.states == "iid" else f"{self.task}, {VISITED}"
 
 
+def side_by_side(size: Size, warm_starts: Iterable[Method], **fields: Any) -> list[CurveTrial]:
+    """As ``size.trials``, but one trial for all streams of a policy, as its learners are trained in one batch."""
+    streams = len(size._replace(policies=1).pairs())
+    return [
+        replace(trial, streams=streams) for trial in size._replace(streams=1).trials(CurveTrial, warm_starts, **fields)
+    ]
+
+
 def run(trial: CurveTrial, setting: Setting) -> Iterator[Row]:
     """Success, regret and the share without a fall at each checkpoint; ``failed`` from the first refused label on."""
-    task, learner = setting.task, build(trial.method, setting)
-    if isinstance(learner, Fixed):
-        (score,) = task.score([learner.policy], trial.stream_seed, trial.starts)
-        for labels in trial.checkpoints:
-            yield from _rows(trial, labels, score)
+    task, each = (
+        setting.task,
+        [replace(trial, stream_seed=trial.stream_seed + i, streams=1) for i in range(trial.streams)],
+    )
+    learners = [build(trial.method, setting) for _ in each]
+    if isinstance(fixed := learners[0], Fixed):
+        for one in each:
+            (score,) = task.score([fixed.policy], one.stream_seed, one.starts)
+            for labels in one.checkpoints:
+                yield from _rows(one, labels, score)
         return
-    stream = LabelStream(task, trial.stream_seed, actions_only=trial.actions_only)
-    falls = 0
-    snapshots: list[Policy] = []
-    used: dict[int, int | None] = {}  # number of the snapshot at each checkpoint; None once it has failed
-    samples = _samples(trial, stream, learner, task)
-    failed, changed = False, True
-    for labels in range(trial.checkpoints[-1] + 1):
-        if labels in trial.checkpoints:
-            if changed and not failed:
-                snapshots.append(frozen(learner.policy))
-            used[labels], changed = None if failed else len(snapshots) - 1, False
-        if labels < trial.checkpoints[-1] and not failed:
-            sample, falls = next(samples)
-            try:
-                info = learner.update(sample)
-                changed |= getattr(info, "trainings", 1) > 0  # warm start waits for a full memory
-            except UpdateError:
-                failed = True
-    scores = task.score(snapshots, trial.stream_seed, trial.starts) if snapshots else []
-    for labels, index in used.items():
-        yield from _rows(trial, labels, FAILED if index is None else scores[index])
-        yield trial.row(labels, "failed", index is None)
-    if trial.states == "visited":
-        yield trial.row(trial.checkpoints[-1], "falls while learning", falls)
+    update, courses = _teacher(learners), [_Course(*pair, task) for pair in zip(each, learners, strict=True)]
+    for labels in range(trial.checkpoints[-1]):
+        for course in courses:
+            course.look(labels)
+        if not all(course.failed for course in courses):
+            for course, outcome in zip(courses, update([course.sample() for course in courses]), strict=True):
+                course.note(outcome)
+    for course in courses:
+        course.look(trial.checkpoints[-1])
+        yield from course.rows()
 
 
-def _samples(trial: CurveTrial, stream: LabelStream, learner: Learner, task: Pendulum) -> Iterator[tuple[Sample, int]]:
+def _teacher(learners: Sequence[Learner]) -> Callable[[Sequence[Sample]], Sequence[Any]]:
+    """What gives each learner a sample, and tells what each says of it, or the ``UpdateError`` that it raises."""
+    warm_starts = [learner for learner in learners if isinstance(learner, WarmStart)]
+    if len(learners) == len(warm_starts) > 1:
+        return WarmStarts(warm_starts).update
+
+    def outcome(learner: Learner, sample: Sample) -> Any:
+        try:
+            return learner.update(sample)
+        except UpdateError as error:
+            return error
+
+    return lambda samples: list(map(outcome, learners, samples))
+
+
+class _Course:
+    """How a learner does on a stream of labels."""
+
+    def __init__(self, trial: CurveTrial, learner: Learner, task: Pendulum) -> None:
+        self._trial, self._learner, self._task = trial, learner, task
+        self._samples, self._falls = _samples(trial, learner, task), 0
+        self._snapshots: list[Policy] = []
+        self._used: dict[int, int | None] = {}  # number of the snapshot at each checkpoint; None once it has failed
+        self.failed, self._changed = False, True
+
+    def look(self, labels: int) -> None:
+        """Keep the policy if this is a checkpoint."""
+        if labels in self._trial.checkpoints:
+            if self._changed and not self.failed:
+                self._snapshots.append(frozen(self._learner.policy))
+                self._changed = False
+            self._used[labels] = None if self.failed else len(self._snapshots) - 1
+
+    def sample(self) -> Sample:
+        """The next one."""
+        sample, falls = next(self._samples)
+        self._falls = self._falls if self.failed else falls
+        return sample
+
+    def note(self, outcome: Any) -> None:
+        """Take down what an update said."""
+        self.failed |= isinstance(outcome, UpdateError)
+        self._changed |= getattr(outcome, "trainings", 1) > 0  # warm start waits for a full memory
+
+    def rows(self) -> Iterator[Row]:
+        """What there is to tell after the last checkpoint."""
+        trial, count = self._trial, self._trial.starts
+        scores = self._task.score(self._snapshots, trial.stream_seed, count) if self._snapshots else []
+        for labels, index in self._used.items():
+            yield from _rows(trial, labels, FAILED if index is None else scores[index])
+            yield trial.row(labels, "failed", index is None)
+        if trial.states == "visited":
+            yield trial.row(trial.checkpoints[-1], "falls while learning", self._falls)
+
+
+def _samples(trial: CurveTrial, learner: Learner, task: Pendulum) -> Iterator[tuple[Sample, int]]:
     """Labelled states one by one, and the learner's falls so far."""
+    stream = LabelStream(task, trial.stream_seed, actions_only=trial.actions_only)
     if trial.states == "visited":
         envs = task.envs(1, same_step=True)
         for state, falls in walk(learner.policy, envs, trial.stream_seed + 500_000, VISITED_EVERY):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call, stack_module_state, vmap
 
 from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.policies import DecisionTransformerPolicy
@@ -23,6 +22,7 @@ from kbt_rl.inference.moments import gaussian_cdf, gaussian_pdf
 from kbt_rl.inference.network import augment, weights_of
 from kbt_rl.models.context import ContextWindow
 from studies.episodes import Policy
+from studies.stacked import StackedTransformers, sees_one_state
 
 
 class TwoLayers(NamedTuple):
@@ -128,8 +128,8 @@ class SideBySide:
     def __init__(self, policies: Sequence[TransformerPolicy]) -> None:
         self._policies, self._means = policies, self._of_parts
         if not _on_one_encoder(policies):
-            self._means, self._transformers = (
-                self._of_transformers, stack_module_state([policy.transformer for policy in policies])
+            self._means, self._stacked = (
+                self._of_stacked, StackedTransformers([policy.transformer for policy in policies])
             )  # fmt: skip
         elif all(isinstance(policy, TwoLayerPolicy) for policy in policies):
             self._means, self._layers = (
@@ -156,19 +156,16 @@ class SideBySide:
         actions = first.act_by(self._layers, first.encode(context).unflatten(0, (len(self._policies), -1)))
         return actions.reshape(-1, actions.shape[-1])
 
-    def _of_transformers(self, context: ContextWindow) -> Array:
-        first = self._policies[0]
-        rows = [torch.from_numpy(array).unflatten(0, (len(self._policies), -1)) for array in context[:3]]
-        rows[:2] = [array.float() for array in rows[:2]]
-        with torch.no_grad():
-            scaled = vmap(lambda state, *row: functional_call(first.transformer, state, row))(self._transformers, *rows)
-            means: Array = first.actions.mean(scaled[:, :, -1].flatten(0, 1).double()).numpy()
+    def _of_stacked(self, context: ContextWindow) -> Array:
+        states = torch.from_numpy(context.newest).unflatten(0, (len(self._policies), -1))
+        with torch.inference_mode():
+            means: Array = self._policies[0].actions.mean(self._stacked(states).flatten(0, 1).double()).numpy()
             return means
 
 
 def go_side_by_side(policies: Sequence[Policy]) -> TypeGuard[Sequence[TransformerPolicy]]:
-    """Whether ``SideBySide`` can act for them: plain policies on one encoder, or plain transformers."""
-    if all(type(policy) is TransformerPolicy for policy in policies):
+    """Whether ``SideBySide`` can act for them: plain policies on one encoder, or plain transformers of one state."""
+    if all(type(policy) is TransformerPolicy and sees_one_state(policy.transformer_config) for policy in policies):
         return True
     plain = all(type(policy) in (DecisionTransformerPolicy, TwoLayerPolicy) for policy in policies)
     return plain and _on_one_encoder(policies)  # type: ignore[arg-type]

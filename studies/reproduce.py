@@ -60,4 +60,4 @@ def report(table: Table) -> Iterator[Text | plots.Picture | Curves]:
     yield from timing.report(parts["timing"])
     yield from uncertainty.report(parts["uncertainty"])
     yield from start.report(parts["start"])
-    yield Curves(parts["success"])
+    yield Curves(parts["success"].by_stream())

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from studies import methods, plots
-from studies.curve import CHECKPOINTS, CurveTrial, grid, minus_warm_starts
+from studies.curve import CHECKPOINTS, CurveTrial, grid, minus_warm_starts, side_by_side
 from studies.curve import run as run
 from studies.methods import DEFAULT, EXPERT, FLOOR, warm_start
 from studies.statistics import largest_drop
 from studies.table import Table, Text
-from studies.trial import Method, Size
+from studies.trial import Size
 
 HEADS = (methods.TWO_LAYERS, methods.ONE_LAYER, DEFAULT, methods.EVERY_LAYER)
 MEMORIES = (10, 20, 25, 50, 75, 100)
@@ -30,13 +30,14 @@ def plan(size: Size) -> list[CurveTrial]:
     """Every method on 5 streams of each of 2 policies; the slowest first, so that none is left alone at the end."""
     memories = QUICK_MEMORIES if size.quick else MEMORIES
     fixed = FLOOR, methods.PRETRAINED, EXPERT
-    learners: list[Method] = [*map(warm_start, memories), methods.PRINTED, *HEADS]
     small = {"checkpoints": (0, 10, 20, 30, 50, 100), "starts": 25} if size.quick else {"checkpoints": CHECKPOINTS}
-    return size.trials(CurveTrial, [*learners, *fixed], study="success", **small)
+    warm = side_by_side(size, map(warm_start, memories), study="success", **small)
+    return warm + size.trials(CurveTrial, [methods.PRINTED, *HEADS, *fixed], study="success", **small)
 
 
 def report(table: Table) -> Iterator[Text | plots.Picture]:
     """Two tables, what the paper claims of them, and Figure 3."""
+    table = table.by_stream()  # a trial may hold several streams
     yield grid(table, "Success after n labels, mean [95 % interval over trials]", "success", _SHOWN)
     yield grid(table, "Regret after n labels, mean over trials", "regret", _SHOWN, digits=4, intervals=False)
     regrets = table.where(metric="regret")

@@ -74,6 +74,10 @@ class Table:
             groups.setdefault(key, []).append(row)
         return {key: Table(rows) for key, rows in groups.items()}
 
+    def by_stream(self) -> Table:
+        """The same by stream, then as before: the order in which a plan pairs the seeds, and intervals resample."""
+        return Table(sorted(self.rows, key=lambda row: row.stream_seed))
+
     def distinct(self, column: str) -> list[Any]:
         """The values of a column, in order of appearance."""
         place = Row._fields.index(column)

@@ -7,9 +7,10 @@ learner's own path, with a new start after a fall or 10 s. Beside them stand the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from studies import plots
-from studies.curve import VISITED, CurveTrial, grid
+from studies.curve import VISITED, CurveTrial, grid, side_by_side
 from studies.curve import run as run
 from studies.methods import PRINTED, warm_start
 from studies.success import HEADS
@@ -27,12 +28,11 @@ def plan(size: Size, *, with_iid: bool = True) -> list[CurveTrial]:
         with_iid: Whether i.i.d. labels are run here; ``success`` has the same trials.
     """
     small = {"checkpoints": (0, 20, 50), "starts": 25} if size.quick else {"checkpoints": CHECKPOINTS}
-    methods = (warm_start(50), PRINTED, *HEADS)
-    return [
-        trial
-        for states in (("visited", "iid") if with_iid else ("visited",))
-        for trial in size.trials(CurveTrial, methods, policies=1, study="visited", states=states, **small)
-    ]
+    trials: list[CurveTrial] = []
+    for states in ("visited", "iid") if with_iid else ("visited",):
+        fields: dict[str, Any] = {"policies": 1, "study": "visited", "states": states, **small}
+        trials += side_by_side(size, [warm_start(50)], **fields) + size.trials(CurveTrial, [PRINTED, *HEADS], **fields)
+    return trials
 
 
 def report(table: Table) -> Iterator[Text | plots.Picture]:
