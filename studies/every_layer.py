@@ -12,43 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.sample import Sample
-from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.linearised import LinearisedHead
 from kbt_rl.inference.types import UpdateInfo
 from kbt_rl.models.context import ContextWindow
+from studies.straight_path import StraightPathPolicy
 from studies.trial import Setting
-
-
-class StraightPathPolicy(TransformerPolicy):
-    """A transformer policy with a straight path from the scaled observation to the action.
-
-    Args:
-        policy: Whose transformer it starts from.
-    """
-
-    def __init__(self, policy: TransformerPolicy) -> None:
-        super().__init__(policy.observation_space, policy.action_space, transformer=policy.transformer_config)  # type: ignore[arg-type]
-        self.transformer.load_state_dict(policy.transformer.state_dict())
-        self.straight = nn.Linear(
-            len(self.transformer.observation_scale), len(self.transformer.action_scale), bias=False
-        )
-        nn.init.zeros_(self.straight.weight)
-
-    def encode(self, context: ContextWindow) -> Tensor:
-        """The transformer's features and the scaled observation, see ``TransformerPolicy.encode``."""
-        scale = self.transformer.observation_scale
-        return torch.cat([super().encode(context), torch.from_numpy(context.newest).to(scale) / scale], dim=-1)
-
-    def act(self, features: Tensor) -> Array:
-        """See ``TransformerPolicy.act``."""
-        hidden, observation = features.tensor_split([self.transformer.config.width], dim=-1)
-        with torch.inference_mode():
-            straight = self.straight(observation) * self.transformer.action_scale
-            actions: Array = super().act(hidden) + self.actions.mean(straight.double()).numpy()
-            return actions
 
 
 class _OfState(nn.Module):

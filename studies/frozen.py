@@ -23,6 +23,7 @@ from kbt_rl.inference.network import augment, weights_of
 from kbt_rl.models.context import ContextWindow
 from studies.episodes import Policy
 from studies.stacked import StackedTransformers, sees_one_state
+from studies.straight_path import StraightPathPolicy
 
 
 class TwoLayers(NamedTuple):
@@ -131,6 +132,8 @@ class SideBySide:
             self._means, self._stacked = (
                 self._of_stacked, StackedTransformers([policy.transformer for policy in policies])
             )  # fmt: skip
+            straight = [policy.straight_weights() for policy in policies if isinstance(policy, StraightPathPolicy)]
+            self._straight = torch.stack(straight) if straight else None
         elif all(isinstance(policy, TwoLayerPolicy) for policy in policies):
             self._means, self._layers = (
                 self._of_layers,
@@ -159,14 +162,18 @@ class SideBySide:
     def _of_stacked(self, context: ContextWindow) -> Array:
         states = torch.from_numpy(context.newest).unflatten(0, (len(self._policies), -1))
         with torch.inference_mode():
-            means: Array = self._policies[0].actions.mean(self._stacked(states).flatten(0, 1).double()).numpy()
+            actions = self._stacked(states)
+            if self._straight is not None:
+                actions = torch.baddbmm(actions, states, self._straight)
+            means: Array = self._policies[0].actions.mean(actions.flatten(0, 1).double()).numpy()
             return means
 
 
 def go_side_by_side(policies: Sequence[Policy]) -> TypeGuard[Sequence[TransformerPolicy]]:
-    """Whether ``SideBySide`` can act for them: plain policies on one encoder, or plain transformers of one state."""
-    if all(type(policy) is TransformerPolicy and sees_one_state(policy.transformer_config) for policy in policies):
-        return True
+    """Whether ``SideBySide`` can act for them: policies of one kind, on one encoder or transformers of one state."""
+    for kind in (TransformerPolicy, StraightPathPolicy):
+        if all(type(policy) is kind and sees_one_state(policy.transformer_config) for policy in policies):
+            return True
     plain = all(type(policy) in (DecisionTransformerPolicy, TwoLayerPolicy) for policy in policies)
     return plain and _on_one_encoder(policies)  # type: ignore[arg-type]
 

@@ -171,7 +171,9 @@ def test_the_uncertainty_of_a_fleet_is_that_of_its_learners() -> None:
     assert (found[1] > found[0]).all()
 
 
-@pytest.mark.parametrize("method", [DEFAULT, TWO_LAYERS, ONE_LAYER, EVERY_LAYER, warm_start(10)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [DEFAULT, TWO_LAYERS, ONE_LAYER, EVERY_LAYER, PRINTED, warm_start(10)], ids=lambda m: m.name
+)
 def test_snapshots_act_side_by_side_as_each_alone(method: Method) -> None:
     learner, snapshots = build(method, tiny.setting()), []
     for sample in samples(12):
