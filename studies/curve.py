@@ -168,7 +168,7 @@ def minus_warm_starts(table: Table, method: str) -> dict[str, Table]:
 
 
 def grid(table: Table, title: str, metric: str, at: Sequence[int], *, digits: int = 2, intervals: bool = True) -> Text:
-    """A method a row, a number of labels a column: means with their intervals over trials, and trials that failed."""
+    """A method a row, a number of labels a column: means, with intervals or to so many digits, and failed trials."""
     body = []
     shown = [labels for labels in at if labels in table.distinct("labels")]
     for method, rows in table.by("method").items():
@@ -177,7 +177,7 @@ def grid(table: Table, title: str, metric: str, at: Sequence[int], *, digits: in
         for labels in shown:
             lost = f" ({len(failed[labels])} failed)" if labels in failed else ""
             found = curve.get(labels)
-            text = "" if found is None else interval(found, digits) if intervals else f"{found.mean:.{digits}f}"
+            text = "" if found is None else interval(found, digits) if intervals else f"{found.mean:.{digits}g}"
             cells.append(text + lost)
         body.append([method, *cells])
     return Text(title, ["method", *map(str, shown)], body)

@@ -42,7 +42,7 @@ def plan(size: Size) -> list[CurveTrial]:
 def report(table: Table) -> Iterator[Text]:
     """Success, regret, and how far the regret is from the best warm start's."""
     yield grid(table, "Success after n labels", "success", _SHOWN, intervals=False)
-    yield grid(table, "Regret after n labels", "regret", _SHOWN, digits=6, intervals=False)
+    yield grid(table, "Regret after n labels", "regret", _SHOWN, intervals=False)
     regrets = table.where(metric="regret")
     body = []
     for method in table.distinct("method")[: len(CANDIDATES)]:

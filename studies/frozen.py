@@ -26,6 +26,20 @@ from studies.stacked import StackedTransformers, sees_one_state
 from studies.straight_path import StraightPathPolicy
 
 
+class OneLayer(NamedTuple):
+    """All that the mean of a one-layer head depends on; several in one, with a dimension in front.
+
+    Attributes:
+        weights: Mean weights, ``(a, d + 1)``.
+    """
+
+    weights: Tensor
+
+    def mean(self, inputs: Tensor) -> Tensor:
+        """Of the outputs for features in the head's units, ``(B, d)`` to ``(B, a)``."""
+        return augment(inputs) @ self.weights.mT
+
+
 class TwoLayers(NamedTuple):
     """All that the mean of a two-layer head with one output depends on; several in one, with a dimension in front.
 
@@ -65,26 +79,30 @@ def unit_covariances(cov: Tensor, units: int) -> Tensor:
     return torch.stack([blocks[unit, :, unit] for unit in range(units)])
 
 
-class TwoLayerPolicy(TransformerPolicy):
-    """Acts as a policy with a two-layer head did.
+class FrozenPolicy(TransformerPolicy):
+    """Acts as a policy with a head did, on the encoder that the policy goes on with.
 
     Args:
-        policy: Its encoder, and the units of its head.
+        policy: Its encoder, which does not learn, and the units of its head.
         layers: What the head was.
     """
 
-    def __init__(self, policy: DecisionTransformerPolicy, layers: TwoLayers) -> None:
+    def __init__(self, policy: DecisionTransformerPolicy, layers: OneLayer | TwoLayers) -> None:
         super().__init__(policy.observation_space, policy.action_space, transformer=policy.transformer_config)  # type: ignore[arg-type]
-        self.transformer.load_state_dict(policy.transformer.state_dict())
-        self.layers, head = layers, policy.head
+        self.transformer = policy.transformer
+        self.layers, self._encode, head = layers, policy.encode, policy.head
         self._centre, self._divisor = head.feature_mean.clone(), head.feature_scale.clone()
         self._scale = head.target_scale.clone()
+
+    def encode(self, context: ContextWindow) -> Tensor:
+        """See ``TransformerPolicy.encode``; with what the head sees beside it."""
+        return self._encode(context)
 
     def act(self, features: Tensor) -> Array:
         """See ``TransformerPolicy.act``."""
         return self.act_by(self.layers, features)
 
-    def act_by(self, layers: TwoLayers, features: Tensor) -> Array:
+    def act_by(self, layers: OneLayer | TwoLayers, features: Tensor) -> Array:
         """Mean actions by these layers, ``(..., n, d)`` to ``(..., n, a)``."""
         with torch.inference_mode():
             output = layers.mean((features.double() - self._centre) / self._divisor)
@@ -107,11 +125,12 @@ def frozen(policy: Any) -> Policy:
     if hasattr(policy, "freeze"):
         own: Policy = policy.freeze()
         return own
-    if type(policy) is DecisionTransformerPolicy and len(policy.heads) == 1:
+    if type(policy) is DecisionTransformerPolicy and len(policy.heads) == 1 and policy.actions.link == "identity":
         head = policy.head
-        plain = policy.skip == "none" and head.config.propagation == "moments"
-        if plain and len(head.spec.shapes) == 2 and head.spec.outputs == 1:
-            return TwoLayerPolicy(policy, two_layers(policy))
+        if len(head.spec.shapes) == 1:
+            return FrozenPolicy(policy, OneLayer(weights_of(head.state)[0].clone()))
+        if len(head.spec.shapes) == 2 and head.spec.outputs == 1 and head.config.propagation == "moments":
+            return FrozenPolicy(policy, two_layers(policy))
     copied: Policy = copy.deepcopy(policy)
     return copied
 
@@ -134,11 +153,9 @@ class SideBySide:
             )  # fmt: skip
             straight = [policy.straight_weights() for policy in policies if isinstance(policy, StraightPathPolicy)]
             self._straight = torch.stack(straight) if straight else None
-        elif all(isinstance(policy, TwoLayerPolicy) for policy in policies):
-            self._means, self._layers = (
-                self._of_layers,
-                TwoLayers(*map(torch.stack, zip(*(policy.layers for policy in policies), strict=True))),
-            )
+        elif layers := [policy.layers for policy in policies if isinstance(policy, FrozenPolicy)]:
+            stacked = map(torch.stack, zip(*layers, strict=True))
+            self._means, self._layers = self._of_layers, type(layers[0])(*stacked)
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
@@ -155,7 +172,7 @@ class SideBySide:
 
     def _of_layers(self, context: ContextWindow) -> Array:
         first = self._policies[0]
-        assert isinstance(first, TwoLayerPolicy)
+        assert isinstance(first, FrozenPolicy)
         actions = first.act_by(self._layers, first.encode(context).unflatten(0, (len(self._policies), -1)))
         return actions.reshape(-1, actions.shape[-1])
 
@@ -174,7 +191,7 @@ def go_side_by_side(policies: Sequence[Policy]) -> TypeGuard[Sequence[Transforme
     for kind in (TransformerPolicy, StraightPathPolicy):
         if all(type(policy) is kind and sees_one_state(policy.transformer_config) for policy in policies):
             return True
-    plain = all(type(policy) in (DecisionTransformerPolicy, TwoLayerPolicy) for policy in policies)
+    plain = any(all(type(policy) is kind for policy in policies) for kind in (DecisionTransformerPolicy, FrozenPolicy))
     return plain and _on_one_encoder(policies)  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ from kbt_rl.inference.network import weights_of
 from kbt_rl.inference.paper import rts_update
 from kbt_rl.inference.types import Gaussian
 from kbt_rl.models.context import ContextWindow
-from studies.frozen import TwoLayerPolicy, TwoLayers, unit_covariances
+from studies.frozen import FrozenPolicy, TwoLayers, unit_covariances
 from studies.trial import Setting
 
 
@@ -45,9 +45,9 @@ class PrintedPolicy(DecisionTransformerPolicy):
         """Features as the posterior takes them, ``(n, d)``."""
         return (features.double() - self.head.feature_mean) / self.head.feature_scale
 
-    def freeze(self) -> TwoLayerPolicy:
+    def freeze(self) -> FrozenPolicy:
         """As it is now, see ``frozen``."""
-        return TwoLayerPolicy(self, self._layers())
+        return FrozenPolicy(self, self._layers())
 
     def act(self, features: Tensor) -> Array:
         """Mean action; rows on their own."""

@@ -39,12 +39,12 @@ def report(table: Table) -> Iterator[Text | plots.Picture]:
     """Two tables, what the paper claims of them, and Figure 3."""
     table = table.by_stream()  # a trial may hold several streams
     yield grid(table, "Success after n labels, mean [95 % interval over trials]", "success", _SHOWN)
-    yield grid(table, "Regret after n labels, mean over trials", "regret", _SHOWN, digits=4, intervals=False)
+    yield grid(table, "Regret after n labels, mean over trials", "regret", _SHOWN, intervals=False)
     regrets = table.where(metric="regret")
     beside = [row._replace(method=f"minus {name}") for name, rows in minus_warm_starts(regrets, DEFAULT.name).items()
               for row in rows]  # fmt: skip
     yield grid(Table(beside), f"Regret of {DEFAULT.name} minus that of each warm start", "regret", CHECKPOINTS[1:],
-               digits=6, intervals=False)  # fmt: skip
+               intervals=False)  # fmt: skip
     yield claims(table)
     yield figure(table)
 
@@ -73,7 +73,7 @@ def claims(table: Table) -> Text:
             largest_drop((row.labels, row.value) for row in trial)
             for trial in ours.by("policy_seed", "stream_seed").values()
         )
-        words = [f"{found.mean:.4f} after {n}" for n, found in regrets.curve().items() if n in (20, 50, 400)]
+        words = [f"{found.mean:.2g} after {n}" for n, found in regrets.curve().items() if n in (20, 50, 400)]
         rows += [
             [method, "success minus warm start's, lowest of all; >= 0 in the paper", f"{lowest:+.3f} ({where})"],
             [method, "drop of success after 50 labels; none in the paper", f"{drop:.3f}, worst trial {single:.3f}"],
