@@ -28,6 +28,7 @@ class PrintedPolicy(DecisionTransformerPolicy):
     weights: list[Tensor]
     cov: list[Tensor]
     labels: int
+    layers: TwoLayers
 
     def reset_head(self) -> None:
         """Start from the prior."""
@@ -37,9 +38,8 @@ class PrintedPolicy(DecisionTransformerPolicy):
     def take_prior(self) -> None:
         """Take over the head's prior."""
         sizes = self.head.spec.sizes
-        dense, self.labels = self.head.covariance(), 0
-        self.weights = [weight.clone() for weight in weights_of(self.head.state)]
-        self.cov = [rows.split(sizes, dim=1)[layer].clone() for layer, rows in enumerate(dense.split(sizes))]
+        weights, rows = [weight.clone() for weight in weights_of(self.head.state)], self.head.covariance().split(sizes)
+        self.take(weights, [part.split(sizes, dim=1)[layer].clone() for layer, part in enumerate(rows)], 0)
 
     def in_units(self, features: Tensor) -> Tensor:
         """Features as the posterior takes them, ``(n, d)``."""
@@ -47,19 +47,22 @@ class PrintedPolicy(DecisionTransformerPolicy):
 
     def freeze(self) -> FrozenPolicy:
         """As it is now, see ``frozen``."""
-        return FrozenPolicy(self, self._layers())
+        return FrozenPolicy(self, self.layers)
 
     def act(self, features: Tensor) -> Array:
         """Mean action; rows on their own."""
         with torch.inference_mode():
-            actions: Array = (self._layers().mean(self.in_units(features)) * self.head.target_scale).numpy()
+            actions: Array = (self.layers.mean(self.in_units(features)) * self.head.target_scale).numpy()
             return actions
 
-    def _layers(self) -> TwoLayers:
-        """Independent of each other."""
-        (first, last), feature_variance = self.weights, self.head.spec.feature_variance
-        units = unit_covariances(self.cov[0], len(first))
-        return TwoLayers(first, last, units, torch.zeros_like(first), first.new_tensor(feature_variance))
+    def take(self, weights: list[Tensor], cov: list[Tensor], labels: int) -> None:
+        """Act by these from now on; the layers are independent of each other."""
+        (first, last), self.weights, self.cov, self.labels = weights, weights, cov, labels
+        units, feature_variance = (
+            unit_covariances(cov[0], len(first)),
+            first.new_tensor(self.head.spec.feature_variance),
+        )
+        self.layers = TwoLayers(first, last, units, torch.zeros_like(first), feature_variance)
 
 
 class PrintedKBT(KBT):
@@ -98,7 +101,7 @@ class PrintedKBT(KBT):
         finite = all(bool(torch.isfinite(part.sum())) for part in (*weights, *cov))
         if not finite or not all(bool((part.diagonal() >= 0.0).all()) for part in cov):
             raise UpdateError(f"the printed update broke after {self.labels_used} labels: NaN or a negative variance")
-        policy.weights, policy.cov, policy.labels = weights, cov, policy.labels + len(target)
+        policy.take(weights, cov, policy.labels + len(target))
         return KBTInfo(labels=len(target), innovation=float("nan"))
 
 

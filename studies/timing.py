@@ -49,7 +49,7 @@ def plan(size: Size) -> list[TimingTrial]:
     """One trial, alone."""
     memories = QUICK_MEMORIES if size.quick else MEMORIES
     methods = (*HEADS, PRINTED, *map(warm_start, memories))
-    options = {"methods": methods, "samples": 200 if size.quick else 300, "alone": True}
+    options = {"methods": methods, "samples": 200, "alone": True}
     return size.trials(TimingTrial, [Method("all in turns", "timing")], policies=1, streams=1, **options)
 
 
