@@ -181,7 +181,8 @@ def _draw_growth(rows: Sequence[Row], path: Path) -> None:
     labels = (("microseconds", "One update; dotted: limit"), ("bytes", "Covariance"))
     for panel, (y, title) in zip(panels, labels, strict=True):
         panel.set(xscale="log", yscale="log", xlabel="weights", ylabel=y, title=title)
-    panels[0].legend(loc="upper left")
+    if own:  # of an early page there may be none yet
+        panels[0].legend(loc="upper left")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

@@ -57,12 +57,14 @@ class LowRank(Structure):
         b, w = half * columns, half * u
         told, axes = torch.linalg.eigh(w.mT @ w)
         known = told > _LEAST * told[-1].clamp_min(torch.finfo(told.dtype).tiny)
-        told, basis = told[known], w @ (axes[:, known] * told[known].rsqrt())  # orthonormal columns
-        along = basis.mT @ b
-        rest = b - basis @ along
-        rest = rest - basis @ (basis.mT @ rest)  # once more, for what rounding has left along them
+        told, basis = told[known], axes[:, known] * told[known].rsqrt()  # the columns of W times it are orthonormal
+        along = basis.mT @ (w.mT @ b)
+        rest = torch.addmm(b, w, basis @ along, alpha=-1.0)
+        again = basis.mT @ (w.mT @ rest)  # for what rounding has left along them
+        rest = torch.addmm(rest, w, basis @ again, alpha=-1.0)
         kept = along / (1.0 + told).unsqueeze(-1)
-        return Projected(columns, half * (rest + basis @ kept), rest.mT @ rest + along.mT @ kept)
+        product = half * torch.addmm(rest, w, basis @ kept)
+        return Projected(columns, product, rest.mT @ rest + along.mT @ kept)
 
     def gram(self, projected: Projected) -> Tensor:
         """See ``Structure``."""
@@ -82,9 +84,9 @@ class LowRank(Structure):
         everything = torch.cat([u, gained], dim=-1)
         half = v.rsqrt().unsqueeze(-1) * everything
         _, axes = torch.linalg.eigh(half.mT @ half)
-        moved = everything @ axes  # ascending: the last columns tell most
-        dropped, kept = moved[:, : -u.shape[1]], moved[:, -u.shape[1] :]
-        return Replacement(state.clone().cov, (v + dropped.square().sum(-1), kept.contiguous()))
+        dropped, kept = axes[:, : -u.shape[1]], axes[:, -u.shape[1] :]  # ascending: the last tell most
+        after = v + (everything @ dropped).square().sum(-1), everything @ kept
+        return Replacement(tuple(block.clone() for block in state.cov), after)
 
     def apply(self, cov: Cov, moves: Any) -> Cov:
         """See ``Structure``."""
