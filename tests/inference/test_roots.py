@@ -147,7 +147,7 @@ def test_without_noise_a_direction_is_certain_and_cannot_be_taken_back() -> None
         roots.restored(measured, phi, nothing)
 
 
-@pytest.mark.parametrize("change", [-0.999, -1e-3, -1e-17, 1e-17, 1e-12, 1e-3, 1.0, 1e5, 1e12, 1e20])
+@pytest.mark.parametrize("change", [-0.999, -1e-3, -1e-17, -1e-310, 1e-310, 1e-17, 1e-12, 1e-3, 1.0, 1e5, 1e12, 1e20])
 def test_one_variance_that_a_rule_raises_or_lowers(change: float) -> None:
     """``R' (I + t c c') R`` and the way back."""
     root, column = lower_root(random_cov(5, seed=1)), torch.nn.functional.normalize(randn(5, 1, seed=2), dim=0)
@@ -184,8 +184,14 @@ def test_a_variance_cannot_be_lowered_to_nothing() -> None:
 
 def test_nothing_changes_along_a_direction_without_change() -> None:
     root = lower_root(random_cov(3, seed=1))
-    moves = roots.replacing(root, torch.zeros(3, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), "the sum")
-    assert torch.equal(roots.measured(root, moves), root)
+    for column, sign in [
+        (torch.zeros(3, 1), 1.0),
+        (torch.ones(3, 1), 0.0),
+        (torch.full((3, 1), 1e-158, dtype=torch.float64), -1.0),
+    ]:
+        moves = roots.replacing(root, column.double(), torch.tensor([sign], dtype=torch.float64), "the sum")
+        assert torch.equal(roots.measured(root, moves), root)
+        assert torch.equal(roots.unmeasured(root, moves), root)
 
 
 def test_what_is_not_measured_stays_bit_by_bit() -> None:

@@ -139,6 +139,10 @@ def whitened(projected: Tensor, noise_cov: Tensor) -> Measurements:
     return Measurements(torch.linalg.solve_triangular(cholesky, projected.mT, upper=False), torch.ones_like(noise))
 
 
+# Of a variance, as a share of it: far below its rounding. The noise that stands for less may be infinite.
+_LEAST_CHANGE = 1e-40
+
+
 class Replaced(NamedTuple):
     """Another root in the place of the one before."""
 
@@ -166,8 +170,9 @@ def replacing(root: Tensor, columns: Tensor, signs: Tensor, name: str) -> Measur
     if not bool((change > -1.0).all()):  # the share of the direction's variance that is left
         raise NotPositiveDefiniteError(name, float(1.0 + change.min()))
     noise = torch.where(change > 0.0, -1.0 / change, -(1.0 + change) / change)
-    phi = columns.mT / torch.where(change != 0.0, length, 1.0).unsqueeze(-1)
-    return Measurements(phi, torch.where(change != 0.0, noise, 1.0))
+    told = change.abs() > _LEAST_CHANGE
+    phi = torch.where(told, 1.0 / length, 0.0).unsqueeze(-1) * columns.mT
+    return Measurements(phi, torch.where(told, noise, 1.0))
 
 
 def measured(root: Tensor, moves: Measurements | Replaced) -> Tensor:
