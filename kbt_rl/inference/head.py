@@ -250,6 +250,8 @@ class Kind:
                 noise = noise_cov if own is None else torch.diag_embed(own)
                 step = network.increment(state, rows, target, self.rule, noise, belief, weights, propagate)
             state = network.apply(state, step)
+            if count > size and not self.config.history:  # the moves of all rows would take many times the posterior
+                step = step._replace(mean_step=step.mean_step[:0], moves=None)
             steps.append(step)
             if belief is not None and step.noise is not None:  # the next block knows what this one has learned
                 belief = NoiseBelief(belief.model, step.noise)
