@@ -61,10 +61,8 @@ def side_by_side(size: Size, warm_starts: Iterable[Method], **fields: Any) -> li
 
 def run(trial: CurveTrial, setting: Setting) -> Iterator[Row]:
     """Success, regret and the share without a fall at each checkpoint; ``failed`` from the first refused label on."""
-    task, each = (
-        setting.task,
-        [replace(trial, stream_seed=trial.stream_seed + i, streams=1) for i in range(trial.streams)],
-    )
+    task = setting.task
+    each = [replace(trial, stream_seed=trial.stream_seed + i, streams=1) for i in range(trial.streams)]
     learners = [build(trial.method, setting) for _ in each]
     if isinstance(fixed := learners[0], Fixed):
         for one in each:
@@ -72,7 +70,8 @@ def run(trial: CurveTrial, setting: Setting) -> Iterator[Row]:
             for labels in one.checkpoints:
                 yield from _rows(one, labels, score)
         return
-    update, courses = _teacher(learners), [_Course(*pair, task) for pair in zip(each, learners, strict=True)]
+    update = _teacher(learners)
+    courses = [_Course(one, learner, task) for one, learner in zip(each, learners, strict=True)]
     for labels in range(trial.checkpoints[-1]):
         for course in courses:
             course.look(labels)

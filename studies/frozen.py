@@ -148,14 +148,13 @@ class SideBySide:
     def __init__(self, policies: Sequence[TransformerPolicy]) -> None:
         self._policies, self._means = policies, self._of_parts
         if not _on_one_encoder(policies):
-            self._means, self._stacked = (
-                self._of_stacked, StackedTransformers([policy.transformer for policy in policies])
-            )  # fmt: skip
+            self._means = self._of_stacked
+            self._stacked = StackedTransformers([policy.transformer for policy in policies])
             straight = [policy.straight_weights() for policy in policies if isinstance(policy, StraightPathPolicy)]
             self._straight = torch.stack(straight) if straight else None
         elif layers := [policy.layers for policy in policies if isinstance(policy, FrozenPolicy)]:
-            stacked = map(torch.stack, zip(*layers, strict=True))
-            self._means, self._layers = self._of_layers, type(layers[0])(*stacked)
+            self._means = self._of_layers
+            self._layers = type(layers[0])(*map(torch.stack, zip(*layers, strict=True)))
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False

@@ -118,7 +118,8 @@ class Panel(NamedTuple):
         """Draw it."""
         own = {name: look for name, look in looks.items() if name in self.table.distinct(self.by)}
         places = self.table.distinct(self.along)
-        shifts = [0.0] if len(own) == 1 else np.linspace(-0.36, 0.36, len(own))
+        most = min(0.36, 0.08 * (len(own) - 1))  # so that each stays by its own place
+        shifts = np.linspace(-most, most, len(own))
         for (name, look), shift in zip(own.items(), shifts, strict=True):
             rows = self.table.where(**{self.by: name})
             found = rows.curve() if self.kind == "curves" else {

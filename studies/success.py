@@ -43,8 +43,9 @@ def report(table: Table) -> Iterator[Text | plots.Picture]:
     regrets = table.where(metric="regret")
     beside = [row._replace(method=f"minus {name}") for name, rows in minus_warm_starts(regrets, DEFAULT.name).items()
               for row in rows]  # fmt: skip
-    yield grid(Table(beside), f"Regret of {DEFAULT.name} minus that of each warm start", "regret", CHECKPOINTS[1:],
-               intervals=False)  # fmt: skip
+    yield grid(
+        Table(beside), f"Regret of {DEFAULT.name} minus that of each warm start", "regret", _SHOWN, intervals=False
+    )
     yield claims(table)
     yield figure(table)
 

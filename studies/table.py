@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
@@ -173,10 +174,12 @@ class Text(NamedTuple):
         return cls(title, [*by.values(), *cells], body)
 
     def rich(self) -> RichTable:
-        """For the terminal; intervals go below their means, to save width."""
-        table = RichTable(title=RichText(self.title), title_justify="left")
+        """For the terminal; intervals go below their means, and no number is cut where it is 80 columns wide."""
+        table = RichTable(title=RichText(self.title), title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left")
+            words = " ".join(row[index] for row in self.rows).split()
+            widest = max(map(len, words), default=0) if index else 0
+            table.add_column(name, justify="right" if index else "left", min_width=widest, overflow="fold")
         for row in self.rows:
             table.add_row(*(RichText(cell.replace(" [", "\n[")) for cell in row))
         return table

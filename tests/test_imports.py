@@ -112,14 +112,14 @@ MODULES = {
 }
 
 
-def imported(tree: ast.AST, package: str, modules: Collection[str]) -> set[str]:
-    """Every module that is imported at any depth, for types alone aside; relative ones made absolute.
+def imported(tree: ast.AST, package: str, modules: Collection[str], *, types: bool) -> set[str]:
+    """Every module that is imported at any depth, with ``types`` also for types alone; relative ones made absolute.
 
     ``from package import name`` is an import of ``package.name`` if that is a module, else of ``package``.
     """
     found: set[str] = set()
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -130,12 +130,14 @@ def imported(tree: ast.AST, package: str, modules: Collection[str]) -> set[str]:
             names = {f"{module}.{alias.name}" for alias in node.names}
             found |= names & set(modules) or {module}
         else:
-            found |= imported(node, package, modules)
+            found |= imported(node, package, modules, types=types)
     return found
 
 
-def imports_of(name: str, source: str, modules: Collection[str], *, is_package: bool = False) -> set[str]:
-    return imported(ast.parse(source), name if is_package else name.rpartition(".")[0], modules)
+def imports_of(
+    name: str, source: str, modules: Collection[str], *, is_package: bool = False, types: bool = False
+) -> set[str]:
+    return imported(ast.parse(source), name if is_package else name.rpartition(".")[0], modules, types=types)
 
 
 def violations(name: str, imports: set[str]) -> set[str]:
@@ -156,37 +158,40 @@ def violations(name: str, imports: set[str]) -> set[str]:
     return {module for module in imports if not fits(module)}
 
 
-def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+def circles(edges: dict[str, set[str]]) -> list[set[str]]:
     """Sets of modules of which each imports every other, in some steps."""
 
     def reached(start: str) -> set[str]:
         seen: set[str] = set()
         ahead = [start]
         while ahead:
-            for module in graph.get(ahead.pop(), set()) - seen:
+            for module in edges.get(ahead.pop(), set()) - seen:
                 seen.add(module)
                 ahead.append(module)
         return seen
 
-    reach = {module: reached(module) for module in graph}
-    found = [{other for other in reach[module] if module in reach.get(other, set())} for module in graph]
+    reach = {module: reached(module) for module in edges}
+    found = [{other for other in reach[module] if module in reach.get(other, set())} for module in edges]
     return [circle for index, circle in enumerate(found) if circle and circle not in found[:index]]
 
 
-GRAPH = {
-    name: imports_of(name, path.read_text(encoding="utf-8"), MODULES, is_package=path.name == "__init__.py")
-    for name, path in MODULES.items()
-}
+def graph(*, types: bool) -> dict[str, set[str]]:
+    return {
+        name: imports_of(
+            name, path.read_text(encoding="utf-8"), MODULES, is_package=path.name == "__init__.py", types=types
+        )
+        for name, path in MODULES.items()
+    }
 
 
 def test_imports_point_one_way() -> None:
     assert {name.split(".")[1] for name in MODULES if name.count(".") > 1} >= ALLOWED.keys()
-    assert {name: wrong for name, found in GRAPH.items() if (wrong := violations(name, found))} == {}
+    assert {name: wrong for name, found in graph(types=False).items() if (wrong := violations(name, found))} == {}
 
 
 def test_no_modules_import_each_other() -> None:
-    """Not in any folder nor between them, at any depth of a function."""
-    assert circles(GRAPH) == []
+    """Not in any folder nor between them, at any depth of a function, nor for types alone."""
+    assert circles(graph(types=True)) == []
 
 
 @pytest.mark.parametrize(
@@ -214,5 +219,9 @@ def test_circles_are_found() -> None:
         "kbt_rl.d": "import kbt_rl.a\nif TYPE_CHECKING:\n    from kbt_rl import e",
         "kbt_rl.e": "import kbt_rl.d",
     }
-    graph = {name: imports_of(name, source, sources) for name, source in sources.items()}
-    assert circles(graph) == [{"kbt_rl.a", "kbt_rl.b", "kbt_rl.c"}]
+    at_run_time, of_all = (
+        {name: imports_of(name, source, sources, types=types) for name, source in sources.items()}
+        for types in (False, True)
+    )
+    assert circles(at_run_time) == [{"kbt_rl.a", "kbt_rl.b", "kbt_rl.c"}]
+    assert circles(of_all) == [{"kbt_rl.a", "kbt_rl.b", "kbt_rl.c"}, {"kbt_rl.d", "kbt_rl.e"}]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kbt_rl.inference import checks, loading
 from kbt_rl.inference import engine as engines
 from kbt_rl.inference.density import LOG_TWO_PI
-from kbt_rl.inference.head import BayesianHead, Kind, Plan
+from kbt_rl.inference.head import BayesianHead, HeadKind, Plan
 from kbt_rl.inference.history import History, Record, moves_to_keep
 from kbt_rl.inference.prediction import Prediction
 from kbt_rl.inference.transactions import register_writer, replace_buffers, signals_deferred
@@ -117,7 +117,7 @@ class HeadBatch(nn.Module):
         kinds = {(head.in_features, head.out_features, head.config) for head in given}
         if len(kinds) > 1:
             raise ValueError(f"the heads of a batch must be of one kind; got {len(kinds)} sizes or configurations")
-        self.kind: Kind = given[0].kind
+        self.kind: HeadKind = given[0].kind
         self._lock = threading.RLock()
         register_writer(self)
         limit = self.kind.config.history

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import is_
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 
 from kbt_rl.inference import checks
+from kbt_rl.inference.config import StructureName
 from kbt_rl.inference.density import scalar_log_density
+from kbt_rl.inference.kind import Kind
 from kbt_rl.inference.machine_code import kernels
 from kbt_rl.inference.types import Gaussian, Rows, UpdateInfo
-
-if TYPE_CHECKING:
-    from kbt_rl.inference.config import StructureName
-    from kbt_rl.inference.head import Kind
 
 Array = npt.NDArray[Any]
 Buffers = Mapping[str, Any]
@@ -355,7 +353,7 @@ _prepared: set[tuple[Any, ...]] = set()
 
 def _prepare(engine: type[Engine], kind: Kind) -> None:
     """Load the machine code of heads of this kind, so that no update waits; the first time on a machine: compile it."""
-    config = replace(kind.config, width=None, structure=cast("StructureName", kind.spec.structure))
+    config = replace(kind.config, width=None, structure=cast(StructureName, kind.spec.structure))
     tiny = type(kind).of(1, 2 if kind.rule.link == "softmax" else 1, config)
     key = (engine, tiny.spec.structure, config.rule, config.noise, config.robust_dof is None)
     if key in _prepared:

@@ -20,7 +20,7 @@ from kbt_rl.inference import checks, network
 from kbt_rl.inference.config import MAX_JOINT_WEIGHTS, HeadConfig
 from kbt_rl.inference.covariance.base import Cov
 from kbt_rl.inference.covariance.registry import STRUCTURES
-from kbt_rl.inference.head import BayesianHead, Kind
+from kbt_rl.inference.head import BayesianHead, HeadKind
 from kbt_rl.inference.likelihoods import LIKELIHOODS
 from kbt_rl.inference.network import Forward
 from kbt_rl.inference.noise import NOISES, NoiseBelief
@@ -32,13 +32,13 @@ Selection = Callable[[str, nn.Parameter], bool] | Iterable[str] | None
 
 
 @dataclass(frozen=True, eq=False)
-class ModuleKind(Kind):
+class ModuleKind(HeadKind):
     """The kind of a module: one row of parameters with a prior variance each."""
 
     variances: Tensor
 
     def prior_cov(self, buffers: Mapping[str, Any] | None = None) -> Cov:
-        """See ``Kind``."""
+        """See ``HeadKind``."""
         return STRUCTURES[self.spec.structure].from_variances(self.variances, self.config.rank)
 
     def in_units(self, buffers: Any, features: Rows) -> Tensor:
@@ -48,7 +48,7 @@ class ModuleKind(Kind):
         return features if isinstance(features, Tensor) else torch.as_tensor(checks.as_array(features))
 
     def rows(self, buffers: Any, features: Rows) -> Tensor:
-        """See ``Kind``; the module checks their shape."""
+        """See ``HeadKind``; the module checks their shape."""
         rows = self.in_units(buffers, features)
         if rows.ndim == 0 or len(rows) == 0:
             raise ValueError(f"inputs have shape {tuple(rows.shape)}; expected (rows >= 1, ...)")
@@ -64,7 +64,7 @@ class ModuleKind(Kind):
         return False
 
     def tensors(self) -> Tensors:
-        """See ``Kind``; without units of features."""
+        """See ``HeadKind``; without units of features."""
         tensors = super().tensors()
         del tensors["feature_mean"], tensors["feature_scale"]
         return tensors
@@ -171,7 +171,7 @@ class LinearisedHead(BayesianHead):
         return network.exact(state, flat.detach().double() / scale, {0: Part(jacobian / scale.unsqueeze(-1), None)})
 
     def _parameters_of(self, mean: Tensor) -> list[Tensor]:
-        own = [uses[0].held[uses[0].name] for uses in self._places]
+        own = self._own()
         if all(each.dtype == own[0].dtype and each.device == own[0].device for each in own):
             mean = mean.to(own[0])  # at once
         parts = mean.split([parameter.numel() for parameter in own])
@@ -181,7 +181,7 @@ class LinearisedHead(BayesianHead):
         """The module with these parameters, as ``torch.func.functional_call``, in a fifth of its own time."""
         like = next(self.module.parameters())
         given = inputs.to(like.device, like.dtype) if inputs.is_floating_point() else inputs.to(like.device)
-        own = [uses[0].held[uses[0].name] for uses in self._places]
+        own = self._own()
         with signals_deferred():  # the module gets its own parameters back whatever happens
             try:
                 self._put(values)
@@ -189,6 +189,10 @@ class LinearisedHead(BayesianHead):
             finally:
                 self._put(own)
         return outputs
+
+    def _own(self) -> list[Tensor]:
+        """The module's own parameters, which say dtype, device and shape."""
+        return [uses[0].held[uses[0].name] for uses in self._places]
 
     def _put(self, values: Sequence[Tensor]) -> None:
         for uses, value in zip(self._places, values, strict=True):

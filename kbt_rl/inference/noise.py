@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,9 +36,6 @@ from kbt_rl.inference.likelihoods import EachConditioning
 from kbt_rl.inference.student_t import Site, StudentNoise
 from kbt_rl.inference.types import Array, NoiseEstimate
 
-if TYPE_CHECKING:
-    from kbt_rl.inference.config import HeadConfig
-
 # One update takes away at most this share of the estimate, however little has been seen.
 _LARGEST_CUT = 0.5
 _TOO_SMALL = (
@@ -49,6 +46,30 @@ _TOO_SMALL = (
 _MOST_APART = 1e13
 # Fixed-point iterations of the variational learner within one update.
 _ITERATIONS = 2
+
+
+class NoiseSettings(Protocol):
+    """Of a ``HeadConfig``, what says how its noise is judged."""
+
+    @property
+    def noise(self) -> str:
+        """A name of ``NOISES``."""
+
+    @property
+    def noise_statistic(self) -> str:
+        """One of ``STATISTICS``."""
+
+    @property
+    def noise_memory(self) -> float:
+        """Labels over which a learned noise averages."""
+
+    @property
+    def noise_floor(self) -> float:
+        """Smallest variance that is learned."""
+
+    @property
+    def robust_dof(self) -> float | None:
+        """Degrees of freedom of Student's t noise; None for Gaussian noise."""
 
 
 class Judgement(NamedTuple):
@@ -117,7 +138,7 @@ class NoiseModel:
     outputs: int
 
     @classmethod
-    def of(cls, config: HeadConfig, outputs: int) -> NoiseModel | None:
+    def of(cls, config: NoiseSettings, outputs: int) -> NoiseModel | None:
         """The model that a head's configuration asks for; None for the plain one, known Gaussian noise."""
         learned, dof = config.noise == "learned", config.robust_dof
         if not learned and dof is None:
@@ -425,7 +446,7 @@ def above_floor(cov: Array, floor: float) -> tuple[Array, int]:
 
 
 # How a noise is judged, by name: None for one that is known and Gaussian.
-NOISES: dict[str, Callable[[HeadConfig, int, bool], NoiseModel | ConjugateNoise | None]] = {
+NOISES: dict[str, Callable[[NoiseSettings, int, bool], NoiseModel | ConjugateNoise | None]] = {
     "fixed": lambda config, outputs, conjugate: NoiseModel.of(config, outputs),
     "learned": lambda config, outputs, conjugate: (
         ConjugateNoise(config.noise_memory, config.noise_floor) if conjugate else NoiseModel.of(config, outputs)

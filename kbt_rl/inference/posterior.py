@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,11 @@ from kbt_rl.inference.covariance.base import Cov
 from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.forgetting import FORGETTING, reopened
 from kbt_rl.inference.history import History
+from kbt_rl.inference.kind import Kind
 from kbt_rl.inference.likelihoods import Likelihood
 from kbt_rl.inference.prior import prior_means
 from kbt_rl.inference.transactions import register_writer, replace_buffers, signals_deferred
 from kbt_rl.inference.types import HeadSpec, HeadState, NoiseEstimate, Tensors
-
-if TYPE_CHECKING:
-    from kbt_rl.inference.head import Kind
 
 
 class Posterior(nn.Module):

@@ -270,10 +270,12 @@ def test_questions_for_another_network_are_refused_with_advice() -> None:
     ):
         with pytest.raises(ValueError, match=r"'shared' cannot be asked this.*use 'joint'"):
             ask()
+    with pytest.raises(ValueError, match=r"Shared projects nothing.*use 'joint'"):
+        questions.gram(projected)
     with pytest.raises(UpdateError, match="takes measurements only"):
         questions.replaced(state, projected, two, two[0])
     for ask in (REGISTRY["joint"].output_variances, REGISTRY["layer"].output_variances):
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(ValueError, match="use 'joint'"):
             ask(state, row)
 
 

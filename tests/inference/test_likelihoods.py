@@ -124,12 +124,13 @@ def test_every_rule_states_its_link() -> None:
     assert {name: rule.link for name, rule in LIKELIHOODS.items()} == LINKS
 
 
-@pytest.mark.parametrize("rule", LINKS)
+# A single class is certain: there is nothing to learn.
+RULES_AND_OUTPUTS = [(rule, o) for rule, link in LINKS.items() for o in (1, 2, 3) if link == "identity" or o > 1]
+
+
+@pytest.mark.parametrize(("rule", "outputs"), RULES_AND_OUTPUTS)
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("outputs", [1, 2, 3])
 def test_rule_equals_its_literal_formula(rule: str, rows: int, outputs: int) -> None:
-    if LINKS[rule] == "softmax" and outputs == 1:
-        pytest.skip("one class is certain")
     given = problem(rows, outputs, LINKS[rule])
     step = condition(rule, given)
     mean_step, change = literal(rule, given)

@@ -59,7 +59,7 @@ class Structure(ABC):
 
     def gram(self, projected: Any) -> Tensor:
         """``J Sigma J'`` of what ``project`` has made, ``(..., B m, B m)``."""
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} projects nothing whose products could be asked for; use 'joint'")
 
     def covariance(self, state: HeadState, jacobian: Jacobian) -> Tensor:
         """``J Sigma J'`` where nothing else is wanted: of hidden units, which are many."""
@@ -128,7 +128,7 @@ class Structure(ABC):
 
         Only where outputs are independent, ``independent_outputs``.
         """
-        raise NotImplementedError
+        raise self._unsuited(state)
 
     def output_step(self, state: HeadState, inputs: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Any]:
         """Step of the means ``(P,)`` and move by a measurement of each output of a single layer for one row ``(k,)``.
@@ -139,7 +139,7 @@ class Structure(ABC):
             step: ``dm`` of each output, ``(o,)``.
             noise: Of each measurement, ``(o,)``; infinite for none.
         """
-        raise NotImplementedError
+        raise self._unsuited(state)
 
     @abstractmethod
     def apply(self, cov: Cov, moves: Any) -> Cov:

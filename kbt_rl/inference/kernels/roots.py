@@ -122,7 +122,8 @@ def take(blocks: Array, phis: Array, noises: Array) -> None:
         for index in range(count):
             phi, noise = phis[block, index], noises[block, index]
             downdate(blocks[block], phi, noise, gain)
-            factors(phi, noise, keep, mix)
+            if index + 1 < count:
+                factors(phi, noise, keep, mix)
             for later in range(index + 1, count):  # the directions that are left move with the root
                 other, above = phis[block, later], 0.0
                 for i in range(size):
