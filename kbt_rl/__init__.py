@@ -1,4 +1,4 @@
-"""Closed-form online adaptation of transformer policies, for Gymnasium and Stable-Baselines3.
+"""Closed-form online adaptation of trained policies, for Gymnasium and Stable-Baselines3.
 
 Importing the package registers the environments ``kbt_rl/InvertedPendulum-v0`` and
 ``kbt_rl/ShiftedInvertedPendulum-v0`` with their discrete forms, ``kbt_rl/DiscreteInvertedPendulum-v0`` and
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 if TYPE_CHECKING:
+    from kbt_rl.agents.adapt import adapt
+    from kbt_rl.agents.adapted_policy import AdaptedPolicy
     from kbt_rl.agents.fallback import Fallback
     from kbt_rl.agents.identification import SelfTuningLQR
     from kbt_rl.agents.kbt import KBT
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from kbt_rl.agents.policies import DecisionTransformerPolicy
     from kbt_rl.agents.prior_choice import choose_prior
     from kbt_rl.agents.sample import Sample
+    from kbt_rl.agents.teachers import Teacher
     from kbt_rl.agents.warm_start import WarmStart
     from kbt_rl.callbacks import KalmanAdapter, OnlineAdapter
     from kbt_rl.envs import InvertedPendulumParams
@@ -34,6 +37,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "KBT",
+    "AdaptedPolicy",
     "BayesianHead",
     "DecisionTransformerConfig",
     "DecisionTransformerPolicy",
@@ -47,12 +51,15 @@ __all__ = [
     "OnlineAdapter",
     "Sample",
     "SelfTuningLQR",
+    "Teacher",
     "WarmStart",
+    "adapt",
     "choose_prior",
 ]
 
 _MODULE_OF = {
     "KBT": "kbt_rl.agents.kbt",
+    "AdaptedPolicy": "kbt_rl.agents.adapted_policy",
     "BayesianHead": "kbt_rl.inference.head",
     "DecisionTransformerConfig": "kbt_rl.models.decision_transformer",
     "DecisionTransformerPolicy": "kbt_rl.agents.policies",
@@ -66,7 +73,9 @@ _MODULE_OF = {
     "OnlineAdapter": "kbt_rl.callbacks",
     "Sample": "kbt_rl.agents.sample",
     "SelfTuningLQR": "kbt_rl.agents.identification",
+    "Teacher": "kbt_rl.agents.teachers",
     "WarmStart": "kbt_rl.agents.warm_start",
+    "adapt": "kbt_rl.agents.adapt",
     "choose_prior": "kbt_rl.agents.prior_choice",
 }
 

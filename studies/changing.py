@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.agents.bayesian import KBTInfo
+from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.lqr import lqr_gain
 from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.transformer_policy import TransformerPolicy

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kbt_rl.agents.behaviour_cloning import Array
-from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.agents.bayesian import KBTInfo
+from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError

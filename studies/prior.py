@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kbt_rl.agents.kbt import KBTInfo
+from kbt_rl.agents.bayesian import KBTInfo
 from kbt_rl.agents.prior_choice import HIDDEN_VARIANCES, LAST_VARIANCES, RHOS, PriorChoice, choose_prior, prior_grid
 from kbt_rl.envs.plant import SHIFTED, InvertedPendulumParams
 from kbt_rl.inference.config import HeadConfig

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import chi2
 
-from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.agents.bayesian import KBTInfo
+from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
 from studies import plots
 from studies.calibration import LEVELS, best_nlpd, judge, noise_unit

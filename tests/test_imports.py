@@ -95,8 +95,9 @@ ALLOWED = {
     "inference": {"torch", "numpy", "scipy"},
     "models": {"torch", "numpy"},
     "envs": {"numpy", "gymnasium", "pygame"},
-    "agents": {"kbt_rl.inference", "kbt_rl.models", "kbt_rl.envs", "kbt_rl.files"},
-    "callbacks": {"kbt_rl.inference", "kbt_rl.models", "kbt_rl.envs", "kbt_rl.agents"},
+    "networks": {"torch", "numpy", "gymnasium", "stable_baselines3"},
+    "agents": {"kbt_rl.inference", "kbt_rl.models", "kbt_rl.networks", "kbt_rl.envs", "kbt_rl.files"},
+    "callbacks": {"kbt_rl.inference", "kbt_rl.models", "kbt_rl.networks", "kbt_rl.envs", "kbt_rl.agents"},
 }
 # Folders whose packages are not listed: anything but the folders above them.
 ANY_PACKAGE = {"agents", "callbacks"}

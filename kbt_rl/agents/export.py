@@ -11,34 +11,29 @@ that.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kbt_rl.agents.export_settings import POLICIES, WEIGHTS, bounds_of, built, settings_of, tensors_of
-from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.agents.tensor_file import Format, existing, library, with_suffix
+from kbt_rl.agents.transformer_learner import TransformerLearner
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.files import write_bytes
 from kbt_rl.inference.loading import check_fits
 from kbt_rl.inference.transactions import with_writers_held
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-#: Raised by one when a file can no longer be read as before.
-FORMAT_VERSION = 2
-_STATED = ("format_version", "settings", "forces")
+FORMAT = Format("kbt_rl policy", 2, ("settings", "forces"))
 # Every entry is divided by one of these.
 _POSITIVE = ("observation_scale", "action_scale", "return_scale")
 
 
-def save_safetensors(model: OnlineAlgorithm | TransformerPolicy, path: str | Path) -> Path:
+def save_safetensors(model: TransformerLearner | TransformerPolicy, path: str | Path) -> Path:
     """Write a policy, posterior included, to ``path``; an old file is replaced as a whole.
 
     Args:
@@ -53,22 +48,17 @@ def save_safetensors(model: OnlineAlgorithm | TransformerPolicy, path: str | Pat
         TypeError: The policy is of a class of your own, which no file without code can describe.
         ValueError: ``load_safetensors`` would refuse the file; an old one is still there.
     """
-    library, policy = _library(), _policy(model)
+    policy = _policy(model)
     if type(policy) is not POLICIES.get(type(policy).__name__):
         raise TypeError(
             f"{type(policy).__name__} is not one of {', '.join(POLICIES)}; its code would have to be in the file"
         )
-    target = _with_suffix(path)
-    header = {
-        "format": "kbt_rl policy",
-        "format_version": str(FORMAT_VERSION),
-        "settings": json.dumps(settings_of(policy), sort_keys=True),
-        "forces": json.dumps(_forces(model)),
-    }
+    library()
+    target = with_suffix(path)
+    stated = {"settings": json.dumps(settings_of(policy), sort_keys=True), "forces": json.dumps(_forces(model))}
 
     def content() -> bytes:
-        tensors = tensors_of(policy)
-        whole: bytes = library.save(tensors, header | {"sha256": digest(header, tensors)})
+        whole = FORMAT.content(stated, tensors_of(policy))
         _check_loadable(whole, policy, target)
         return whole
 
@@ -76,7 +66,7 @@ def save_safetensors(model: OnlineAlgorithm | TransformerPolicy, path: str | Pat
     return target
 
 
-def load_safetensors(path: str | Path, into: OnlineAlgorithm | TransformerPolicy | None = None) -> TransformerPolicy:
+def load_safetensors(path: str | Path, into: TransformerLearner | TransformerPolicy | None = None) -> TransformerPolicy:
     """Read a policy; safe with files from strangers, as far as code goes.
 
     The file decides how large a network is built, but nothing larger than itself; pass ``into`` where it must be a
@@ -96,7 +86,7 @@ def load_safetensors(path: str | Path, into: OnlineAlgorithm | TransformerPolicy
             of actions than ``into``; the message names what is wrong, and nothing has changed.
         ImportError: The package safetensors is missing.
     """
-    source = _existing(path)
+    source = existing(path, "save_safetensors")
     header, tensors = _read(source.read_bytes(), source)
     try:
         settings, forces = json.loads(header["settings"]), json.loads(header["forces"])
@@ -116,59 +106,12 @@ def load_safetensors(path: str | Path, into: OnlineAlgorithm | TransformerPolicy
     return own
 
 
-def digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over what the header states, and the name, shape, dtype and bytes of each tensor."""
-    layout = sorted((name, list(value.shape), str(value.dtype)) for name, value in tensors.items())
-    found = hashlib.sha256(json.dumps([[header[name] for name in _STATED], layout]).encode())
-    for name, *_ in layout:
-        array: Any = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        found.update(array)
-    return found.hexdigest()
-
-
 # ---------------------------------------------------------------------- the file
-
-
-def _library() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError('safetensors files need an extra: pip install "kbt_rl[export]"') from error
-    module: ModuleType = safetensors.torch
-    return module
-
-
-def _with_suffix(path: str | Path) -> Path:
-    return Path(path) if Path(path).suffix else Path(f"{path}.safetensors")
-
-
-def _existing(path: str | Path) -> Path:
-    candidates = dict.fromkeys((Path(path), _with_suffix(path)))
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(f"there is no file {' or '.join(map(str, candidates))}; save_safetensors writes one")
 
 
 def _read(content: bytes, name: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors of a file that is whole, and of numbers that a policy can have."""
-    library = _library()
-    from safetensors import SafetensorError
-
-    try:
-        tensors = library.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype that PyTorch lacks
-        raise ValueError(f"{name} is truncated or no safetensors file: {error}") from error
-    missing = {"format", "sha256", *_STATED} - header.keys()
-    if header.get("format") != "kbt_rl policy" or missing & {"format", "format_version"}:
-        raise ValueError(f"{name} is a safetensors file but no policy of kbt_rl: its header lacks {sorted(missing)}")
-    if header["format_version"] != str(FORMAT_VERSION):
-        raise ValueError(
-            f"{name} has format version {header['format_version']}; this version of kbt_rl reads {FORMAT_VERSION}"
-        )
-    if missing or digest(header, tensors) != header["sha256"]:
-        raise ValueError(f"{name} is damaged: its content has not the SHA-256 that its header states")
+    header, tensors = FORMAT.read(content, name)
     for tensor, value in tensors.items():
         if tensor.startswith(WEIGHTS) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} is not usable: {tensor} holds NaN or infinity; the policy was broken when saved")
@@ -192,13 +135,13 @@ def _check_loadable(content: bytes, policy: TransformerPolicy, target: Path) -> 
 # ---------------------------------------------------------------------- into a learner
 
 
-def _policy(model: OnlineAlgorithm | TransformerPolicy) -> TransformerPolicy:
-    return model.policy if isinstance(model, OnlineAlgorithm) else model
+def _policy(model: TransformerLearner | TransformerPolicy) -> TransformerPolicy:
+    return model.policy if isinstance(model, TransformerLearner) else model
 
 
-def _forces(model: OnlineAlgorithm | TransformerPolicy) -> dict[str, Any]:
+def _forces(model: TransformerLearner | TransformerPolicy) -> dict[str, Any]:
     """What the actions stand for, as far as it is known."""
-    if isinstance(model, OnlineAlgorithm):
+    if isinstance(model, TransformerLearner):
         return {"max_force": model.max_force if math.isfinite(model.max_force) else None, "forces": model.forces}
     return {"max_force": None, "forces": None}
 

@@ -1,130 +1,64 @@
-"""What all online learners share: an SB3 algorithm that pre-trains, learns from labels, and moves between environments.
+"""What all online learners share: the loop that acts while callbacks teach, and one method that learns from a label.
 
-A subclass adds one method, ``_update``, which learns from labelled rows. Where samples come from is the callback's
-business; the loop that acts meanwhile is in :mod:`kbt_rl.agents.rollouts`.
+The loop acts on the mean, advances the context and encodes each new observation once, so that the callback's update and
+the next action share the features. Where samples come from is the callback's business.
 """
 
 from __future__ import annotations
 
-import copy
 import sys
+import time
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.utils import check_for_correct_spaces
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import safe_mean
 from torch import Tensor
 
-from kbt_rl.agents import behaviour_cloning as cloning
-from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
-from kbt_rl.agents.experts import Expert, as_labeller, force_levels, label_space, max_force
-from kbt_rl.agents.policies import DecisionTransformerPolicy
-from kbt_rl.agents.rollouts import RolloutAlgorithm
-from kbt_rl.agents.sample import LearnerInfo, Sample, labelled
-from kbt_rl.agents.transformer_policy import TransformerPolicy
-from kbt_rl.inference.transactions import signals_deferred
-from kbt_rl.models.context import ContextWindow
-from kbt_rl.models.decision_transformer import DecisionTransformer
+from kbt_rl.agents.checkpoints import CheckpointedAlgorithm
+from kbt_rl.agents.experts import Expert
+from kbt_rl.agents.online_policy import Context, Labeller, OnlinePolicy
+from kbt_rl.agents.sample import LearnerInfo, Sample
+
+Self = TypeVar("Self", bound="OnlineAlgorithm")
 
 
-class OnlineAlgorithm(RolloutAlgorithm):
-    """Base of the learners that adapt a pre-trained transformer policy while it runs.
+class OnlineAlgorithm(CheckpointedAlgorithm):
+    """An SB3 algorithm whose policy acts while callbacks teach it.
 
-    Args:
-        policy: Policy class or its name.
-        env: Environment to learn in; a Gymnasium env, a ``VecEnv`` or an id.
+    Attributes:
         n_steps: Environment steps between two writes of the log.
-        policy_kwargs: Passed to the policy, for example ``dict(transformer=DecisionTransformerConfig(...))``.
-        stats_window_size: Episodes that rollout statistics average over.
-        tensorboard_log: Folder of the TensorBoard logs; None for none.
-        verbose: 0 silent, 1 training output.
-        seed: Seed of the initial weights, the label stream and the environment.
-        device: The CPU by default: one update is bound by latency.
+        label_every: Steps from one visited state that is labelled by default to the next; None for i.i.d. states.
+        label_space: Box that labels are asked in at i.i.d. states; None where nobody knows one.
+        lesson: What the model has started from; labels asked for another one are of no use.
     """
 
     info_type: ClassVar[type[LearnerInfo]] = LearnerInfo
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "DecisionTransformerPolicy": DecisionTransformerPolicy,
-        "TransformerPolicy": TransformerPolicy,
-    }
+    label_every: ClassVar[int | None] = None
 
-    def __init__(
-        self,
-        policy: str | type[BasePolicy],
-        env: GymEnv | str | None,
-        n_steps: int = 10,
-        policy_kwargs: dict[str, Any] | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: str = "cpu",
-        _init_setup_model: bool = True,
-    ) -> None:
-        self._check_policy(policy)
-        super().__init__(
-            policy,
-            env,
-            learning_rate=0.0,
-            policy_kwargs=policy_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            support_multi_env=True,
-            monitor_wrapper=True,
-            seed=seed,
-            device=device,
-            supported_action_spaces=(spaces.Box, spaces.Discrete),
-        )
+    policy: OnlinePolicy  # type: ignore[assignment]
+    n_steps: int
+    label_space: spaces.Box | None
+    # Of the observations that the policy acts on next; None before the first, and after a change of what they are from.
+    _context: Context | None = None
+    _features: Tensor | None = None
+
+    def _prepare(self, n_steps: int, seed: int | None) -> None:
+        """Set up what learning online needs besides SB3's own."""
         if n_steps < 1:
             raise ValueError(f"n_steps is {n_steps}; the log is written after at least 1 step")
         self.n_steps = n_steps
-        self.label_space: spaces.Box | None = None
-        self.max_force = float("nan")
-        self.forces: list[float] | None = None  # a list, as it comes back from a file
-        self.pretrain_info: PretrainInfo | None = None
+        self.label_space = None
         # The state of the label stream lives here rather than in a callback, so that it is saved with the model.
         # A generator of its own: pre-training draws its states from the seed itself.
         self.stream_rng = np.random.default_rng(None if seed is None else [seed, 1])
         self.stream_positions: dict[str, int] = {}
         self.strategy_state: dict[str, Any] = {}  # what a callback's strategy has to remember, saved with the model
-        if self.env is not None:
-            self.label_space = label_space(self.env)
-            self.max_force, self.forces = max_force(self.env), force_levels(self.env)
-        if _init_setup_model:
-            self._setup_model()
 
-    @classmethod
-    def _check_policy(cls, policy: str | type[BasePolicy]) -> None:
-        if isinstance(policy, str) and policy not in cls.policy_aliases:
-            raise ValueError(f"{cls.__name__} has no policy {policy!r}; choose one of {', '.join(cls.policy_aliases)}")
-        if isinstance(policy, type) and not issubclass(policy, TransformerPolicy):
-            raise TypeError(f"{cls.__name__} needs a TransformerPolicy; {policy.__name__} is not one")
-
-    def _setup_model(self) -> None:
-        if not hasattr(self, "observation_space"):
-            raise ValueError(f"{type(self).__name__} takes its spaces from an environment; pass env")
-        if self.env is not None:  # a loaded model may come with another one
-            self._check_env(self.env)
-        self._setup_lr_schedule()
-        self.set_random_seed(self.seed)
-        arguments = self._policy_arguments()
-        if "observation_scale" not in arguments and self.label_space is not None:
-            arguments["observation_scale"] = np.maximum(np.abs(self.label_space.low), np.abs(self.label_space.high))
-        policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **arguments)
-        assert isinstance(policy, TransformerPolicy)
-        self.policy = policy.to(self.device)
-
-    def _policy_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the policy."""
-        return dict(self.policy_kwargs)
-
-    # ------------------------------------------------------------------ learning
-
+    @abstractmethod
     def update(self, sample: Sample) -> LearnerInfo:
         """Learn from one labelled sample, or from several rows at once.
 
@@ -137,160 +71,115 @@ class OnlineAlgorithm(RolloutAlgorithm):
         Raises:
             ValueError: The sample has a wrong shape or is not finite; nothing has changed.
         """
-        given = labelled(self.policy, sample)
-        self._check_rows(given.of)
-        if len(given.rows) == 0:
-            return self.info_type(labels=0, innovation=float("nan"))
-        return self._update(given.context, given.target, given.features, given.rows)
 
     @property
     @abstractmethod
     def labels_used(self) -> int:
-        """Labelled rows that the learner has learned from since it was pre-trained."""
+        """Labelled rows that the learner has learned from."""
 
-    def _check_rows(self, rows: int) -> None:
-        """Hook: raise ValueError if this learner cannot learn from a sample of so many rows, labelled or not."""
+    @property
+    @abstractmethod
+    def lesson(self) -> object:
+        """See the class."""
 
     @abstractmethod
-    def _update(
-        self, context: ContextWindow, target: cloning.Array, features: Tensor | None, rows: cloning.Array
-    ) -> LearnerInfo:
-        """Learn from rows that all have a label: all of an update or, with an error or an interrupt, nothing.
-
-        Args:
-            context: Of these rows.
-            target: ``(n, action size)``.
-            features: ``(n, width)`` where the caller has encoded the context already.
-            rows: Which rows of the sample they are, ``(n,)``, ascending.
-        """
-
-    def pretrain(
-        self, expert: Expert, config: PretrainConfig | None = None, progress_bar: bool | None = None
-    ) -> PretrainInfo:
-        """Clone an expert: on i.i.d. states of the label box, or on its episodes if the context is longer than one.
-
-        Args:
-            expert: An SB3 policy or algorithm, or a callable from observations ``(n, o)`` to actions ``(n, a)``; with
-                discrete actions to actions ``(n,)`` or to distributions over them.
-            config: Sizes and learning rate.
-            progress_bar: Draw a progress bar; None if the terminal can.
-
-        Returns:
-            Error on held-out contexts, in action units and in newtons.
-        """
-        config = PretrainConfig() if config is None else config
-        labeller = as_labeller(expert, self.observation_space, self.action_space)
-        rng = np.random.default_rng(self.seed)
-        length, form = self.policy.transformer_config.context_length, self.policy.actions
-        shown = sys.stdout.isatty() if progress_bar is None else progress_bar
-        with cloning.progress_bar(shown) as bar:
-            if length == 1 and self.policy.transformer_config.target_return is None:
-                box = self._require_label_space()
-                data = cloning.box_demonstrations(labeller, box, config.samples, rng, length, form.size)
-            else:
-                if self.env is None:
-                    raise ValueError("pre-training with a longer context drives episodes; pass an env or call set_env")
-                task = bar.add_task("expert episodes", total=config.samples)
-                data = cloning.rollout_demonstrations(
-                    labeller, self.env, config.samples, length, lambda n: bar.advance(task, n)
-                )
-                self._last_obs = self._context = None  # the expert has moved the environment on
-            steps = bar.add_task("behaviour cloning", total=config.steps)
-            trained = copy.deepcopy(
-                self.policy.transformer
-            )  # an interrupt leaves the features that the posterior knows
-            info = cloning.clone_behaviour(
-                trained, data, form, config, rng, self.max_force, lambda n: bar.advance(steps, n)
-            )
-        self._start_anew(trained, info)
-        return info
-
-    def start_from(self, other: OnlineAlgorithm) -> None:
-        """Take over the pre-trained transformer of another learner; what this one had learned is forgotten.
+    def labeller(self, expert: Expert) -> Labeller:
+        """How to ask an expert for labels of this model's policy.
 
         Raises:
-            ValueError: The transformers differ in size or context, or the learners in spaces or action scale.
+            TypeError: The expert is neither a policy nor callable.
+            ValueError: The expert was made for other spaces.
         """
-        mine, theirs = self.policy.transformer_config, other.policy.transformer_config
-        if mine != theirs:
-            raise ValueError(f"the transformers differ: this learner has {mine}, the other {theirs}")
-        for name in ("observation_space", "action_space"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"this learner's {name} is {getattr(self, name)}, the other's {getattr(other, name)}")
-        if self.env is not None:
-            other._check_action_scale(self.env)
-        with signals_deferred():
-            self._start_anew(other.policy.transformer, other.pretrain_info)
-            self.label_space, self.max_force, self.forces = other.label_space, other.max_force, other.forces
 
-    def _start_anew(self, transformer: DecisionTransformer, info: PretrainInfo | None) -> None:
-        """Take over pre-trained weights; what was learned is forgotten. All or nothing."""
-        state = self.policy.start_state(transformer)
-        with signals_deferred():
-            self.policy.load_state_dict(state)
-            self.policy.set_training_mode(False)
-            self.pretrain_info = info
-            self.strategy_state.clear()
-            self._forget_samples()
+    def check_expert(self, expert: Expert) -> None:
+        """Raise ValueError if an expert was made for another world than the training environment's."""
 
-    def _forget_samples(self) -> None:
-        """Hook for what a subclass remembers of samples besides the policy; cannot fail."""
+    def learn(
+        self: Self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Act on the mean for ``total_timesteps`` steps while callbacks update the model.
 
-    def _require_label_space(self) -> spaces.Box:
-        if self.label_space is None:
-            raise ValueError("the model knows no label space: construct it with an env, or set model.label_space")
-        return self.label_space
-
-    # ------------------------------------------------------------------ plumbing
-
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """Move to another environment with the same spaces; the number of sub-environments may differ.
-
-        The context of the running episodes is dropped.
-
-        Raises:
-            ValueError: Other spaces, or an action stands for another force than the policy was trained with.
+        The callbacks find in their locals ``context`` and ``features`` of the new observations and the rows
+        ``taken_over`` in which a fallback controller acted, beside the names that SB3 provides. With a fallback the
+        share of its actions since the last write is logged as ``kalman/fallback_share``.
         """
-        wrapped = self._wrap_env(env, self.verbose)
-        check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
-        self._check_env(wrapped)
-        self.n_envs = wrapped.num_envs
-        super().set_env(wrapped, force_reset)
-        if force_reset and self.seed is not None:
-            wrapped.seed(self.seed)
-        self._last_obs = None if force_reset else self._last_obs
-        self._context = self._features = None
-        if self.label_space is None:
-            self.label_space = label_space(wrapped)
-        if not np.isfinite(self.max_force):
-            self.max_force = max_force(wrapped)
-        self.forces = force_levels(wrapped) if self.forces is None else self.forces
+        if self.env is None:
+            raise ValueError("the model has no environment; call set_env first")
+        name = type(self).__name__ if tb_log_name is None else tb_log_name
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        rollouts = 0
+        while self.num_timesteps < total_timesteps and self._roll_out(callback, total_timesteps):
+            rollouts += 1
+            if log_interval and rollouts % log_interval == 0:
+                self.dump_logs()
+        callback.on_training_end()
+        return self
 
-    def _check_env(self, env: VecEnv) -> None:
-        """Raise ValueError if this model cannot act in ``env``, whose spaces fit."""
-        normalised = unwrap_vec_normalize(env)
-        if normalised is not None and normalised.norm_obs:
-            raise ValueError(
-                "the environment normalises its observations (VecNormalize), and experts know states in their own "
-                "units; the policy scales observations itself (observation_scale), so pass VecNormalize(..., "
-                "norm_obs=False) or no VecNormalize"
-            )
-        self._check_action_scale(env)
+    def _roll_out(self, callback: BaseCallback, total_timesteps: int) -> bool:
+        """``n_steps`` steps of the environment; False if a callback asked to stop."""
+        assert self.env is not None
+        self._on_rollout_start()
+        callback.on_rollout_start()
+        assert self._context is not None
+        for _ in range(self.n_steps):
+            if self.num_timesteps >= total_timesteps:
+                break
+            if self._features is None:  # an update has changed the encoder
+                self._features = self.policy.encode(self._context)
+            actions, taken_over = self.policy.choose(self._context, self._features)
+            if self.policy.fallback is not None:
+                self.logger.record_mean("kalman/fallback_share", float(taken_over.mean()))
+            new_obs, rewards, dones, infos = self.env.step(actions)
+            self.num_timesteps += self.env.num_envs
+            context = self.policy.advance(self.policy.with_action(self._context, actions), new_obs, dones)
+            features = self.policy.encode(context)
+            self._context, self._features = context, features
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones)
+            self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+        callback.on_rollout_end()
+        return True
 
-    def _check_action_scale(self, env: VecEnv) -> None:
-        """Raise ValueError if an action stands for another force in ``env`` than the policy was trained with."""
-        levels = force_levels(env)
-        if self.forces is not None and levels is not None and levels != self.forces:
-            raise ValueError(
-                f"the actions are the forces {levels} N in the new environment and {self.forces} N in the one the "
-                f"policy was trained in; make the environment with forces={self.forces}"
-            )
-        found = max_force(env)
-        if np.isfinite(self.max_force) and np.isfinite(found) and found != self.max_force:
-            raise ValueError(
-                f"an action of 1 is {found} N in the new environment and {self.max_force} N in the one the policy "
-                f"was trained in; make the environment with max_force={self.max_force}"
-            )
+    def _on_rollout_start(self) -> None:
+        """Encode the first observation of a run; later ones were encoded when they arrived."""
+        if self._context is None:
+            assert self._last_obs is not None
+            self._context = self.policy.start(self._last_obs)
+        if self._features is None:
+            self._features = self.policy.encode(self._context)
 
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy"], []
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        before = self._last_obs
+        out = super()._setup_learn(*args, **kwargs)
+        self._features = None  # the encoder may have changed since
+        if self._last_obs is not before:  # the environment was reset
+            self._context = None
+        return out
+
+    def dump_logs(self) -> None:
+        """Write what was recorded since the last call, with the statistics of finished episodes."""
+        infos, successes = self.ep_info_buffer, self.ep_success_buffer
+        if infos:
+            self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in infos]))
+            self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in infos]))
+        if successes:
+            self.logger.record("rollout/success_rate", safe_mean(successes))
+        elapsed = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
+        self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
+        self.logger.record("time/time_elapsed", int(elapsed), exclude="tensorboard")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_context", "_features"]

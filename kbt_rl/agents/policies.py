@@ -162,7 +162,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
         """See ``TransformerPolicy``; the posteriors reproduce the transformer's last layer."""
         heads = self.heads
         several_heads = isinstance(heads, HeadBatch)
-        head = heads[0] if several_heads else copy.deepcopy(heads[0])
+        head = copy.deepcopy(self.head) if not isinstance(heads, HeadBatch) else heads[0]
         self._to_prior(head, transformer)
         lead, prefix = ([len(heads)], "head_of_env.") if several_heads else ([], "head.")
         state = {prefix + name: value.expand((*lead, *value.shape)) for name, value in head.named_buffers()}

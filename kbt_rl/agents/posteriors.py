@@ -17,15 +17,29 @@ from torch import Tensor
 from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.checks import as_array
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.likelihoods import Link
+from kbt_rl.inference.model_average import ModelAverage
 from kbt_rl.inference.prediction import Prediction
 from kbt_rl.inference.types import Gaussian, UpdateInfo
 
 # One head, or a head for each environment.
-Heads: TypeAlias = tuple[BayesianHead] | HeadBatch
+Heads: TypeAlias = tuple[BayesianHead | ModelAverage] | HeadBatch
 
 
-def _asked(heads: Heads) -> BayesianHead | HeadBatch:
+def _asked(heads: Heads) -> BayesianHead | ModelAverage | HeadBatch:
     return heads if isinstance(heads, HeadBatch) else heads[0]
+
+
+def link(heads: Heads) -> Link:
+    """Link of the output rule."""
+    asked = _asked(heads)
+    return "identity" if isinstance(asked, ModelAverage) else asked.kind.rule.link
+
+
+def plain_noise(heads: Heads) -> bool:
+    """Whether the label noise is known and Gaussian."""
+    asked = _asked(heads)
+    return not isinstance(asked, ModelAverage) and asked.kind.config.plain_noise
 
 
 def check_rows(heads: Heads, rows: int, each: int = 1) -> None:
@@ -42,7 +56,7 @@ def mean(heads: Heads, features: Tensor) -> Tensor:
     check_rows(heads, len(features))
     asked = _asked(heads)
     outputs = asked(features) if isinstance(asked, HeadBatch) else asked.mean_outputs(features)
-    return torch.softmax(outputs, dim=-1) if asked.kind.rule.link == "softmax" else outputs
+    return torch.softmax(outputs, dim=-1) if link(heads) == "softmax" else outputs
 
 
 def predict(heads: Heads, features: Tensor) -> Prediction:
@@ -56,6 +70,7 @@ def logits(heads: Heads, features: Tensor, each: int = 1) -> Gaussian:
     check_rows(heads, len(features), each)
     if isinstance(heads, HeadBatch):
         return heads.predict_logits(features, each)
+    assert isinstance(heads[0], BayesianHead)
     return heads[0].predict_logits(features)
 
 
@@ -74,7 +89,7 @@ def noise_covs(heads: Heads) -> Tensor:
 
 def labels_seen(heads: Heads) -> int:
     """Labelled rows that the heads have learned from, all together."""
-    return int(_asked(heads).get_buffer("labels_seen").sum())
+    return int(torch.as_tensor(_asked(heads).labels_seen).sum())
 
 
 def scales(heads: Heads) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from kbt_rl.agents.actions import ActionFormat
 from kbt_rl.inference.checks import as_array
 from kbt_rl.models.context import ContextWindow
+from kbt_rl.networks.links import LabelKind
 
 if TYPE_CHECKING:
     from kbt_rl.agents.transformer_policy import TransformerPolicy
@@ -31,12 +32,14 @@ class Sample(NamedTuple):
             or distributions over the actions, ``(n, actions)`` or ``(actions,)``.
         mask: Rows to learn from, ``(n,)``; None for all that have a label.
         features: Encoded ``context``, ``(n, width)``, where the caller has it; saves the encoder's forward pass.
+        kind: What the target is; anything but an ``action`` is for policies that ``adapt`` has made.
     """
 
-    context: ContextWindow | npt.NDArray[Any]
+    context: Any
     target: npt.NDArray[Any]
     mask: npt.NDArray[np.bool_] | None = None
     features: Tensor | None = None
+    kind: LabelKind = "action"
 
 
 @dataclass(frozen=True)

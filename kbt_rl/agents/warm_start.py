@@ -13,9 +13,9 @@ from stable_baselines3.common.type_aliases import GymEnv
 from torch import Tensor
 
 from kbt_rl.agents.behaviour_cloning import Array
-from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo
+from kbt_rl.agents.transformer_learner import TransformerLearner
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.loading import load_whole
 from kbt_rl.inference.transactions import signals_deferred
@@ -42,7 +42,7 @@ class WarmStartInfo(LearnerInfo):
     loss: float = float("nan")
 
 
-class WarmStart(OnlineAlgorithm):
+class WarmStart(TransformerLearner):
     """Retrain all weights from where they are, each time ``memory`` new samples have come; then forget the samples.
 
     Until the first block is full it is the pre-trained policy. Each training starts with a fresh optimiser, as in the

@@ -11,7 +11,8 @@ import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.agents import posteriors as several
+from kbt_rl.agents.bayesian import BayesianLearner, KBTInfo
 from kbt_rl.inference.change_detection import Cusum, Lagged, LogLossCusum, Monitor, NoiseReference
 from kbt_rl.inference.types import NoiseEstimate
 
@@ -24,11 +25,11 @@ class AdaptationStrategy(ABC):
         """Changes noticed so far; 0 for a strategy that does not look for any."""
         return 0
 
-    def attach(self, model: KBT) -> None:  # noqa: B027
+    def attach(self, model: BayesianLearner) -> None:  # noqa: B027
         """Called before training: keep on the model what has to be saved with it."""
 
     @abstractmethod
-    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+    def after_update(self, model: BayesianLearner, info: KBTInfo) -> bool:
         """React to an update.
 
         Args:
@@ -54,7 +55,7 @@ class Forgetting(AdaptationStrategy):
             raise ValueError(f"the forgetting factor is {factor}; it lies in (0, 1], and 1 forgets nothing")
         self.factor = factor
 
-    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+    def after_update(self, model: BayesianLearner, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
         model.policy.head.forget(self.factor)
         return False
@@ -72,7 +73,7 @@ class ProcessNoise(AdaptationStrategy):
             raise ValueError(f"the process noise is {scale}; it is finite and not negative")
         self.scale = scale
 
-    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+    def after_update(self, model: BayesianLearner, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
         model.policy.head.add_process_noise(self.scale)
         return False
@@ -89,7 +90,7 @@ class TowardsPrior(AdaptationStrategy):
         _check_fraction(fraction)
         self.fraction = fraction
 
-    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+    def after_update(self, model: BayesianLearner, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
         model.policy.head.reopen(self.fraction)
         return False
@@ -171,7 +172,7 @@ class ReopenOnDetection(AdaptationStrategy):
         """See ``AdaptationStrategy``."""
         return self.monitor.alarms
 
-    def attach(self, model: KBT) -> None:
+    def attach(self, model: BayesianLearner) -> None:
         """Go on where this test left off on the model, else start there.
 
         Raises:
@@ -179,7 +180,7 @@ class ReopenOnDetection(AdaptationStrategy):
                 or it is of the log loss and they are not.
         """
         head = model.policy.head
-        classes, monitor = head.rule.link == "softmax", self.monitor
+        classes, monitor = several.link(model.policy.heads) == "softmax", self.monitor
         if self._given is None and classes:
             monitor = LogLossCusum(1e-5)
         if classes != isinstance(monitor, LogLossCusum):
@@ -199,7 +200,7 @@ class ReopenOnDetection(AdaptationStrategy):
             model.strategy_state[key] = _Watch(test(**settings), NoiseReference(**noise), Lagged(self.reference.lag))
         self._watch = model.strategy_state[key]
 
-    def after_update(self, model: KBT, info: KBTInfo) -> bool:
+    def after_update(self, model: BayesianLearner, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
         head, watch, unit = model.policy.head, self._watch, model.policy.head.mean_square_scale
         nis = watch.reference.restate(info.nis, info.epistemic_variance / unit, info.predictive_variance / unit)
@@ -213,7 +214,7 @@ class ReopenOnDetection(AdaptationStrategy):
         if isinstance(watch.monitor, LogLossCusum):
             alarm = watch.monitor.observe_ratio(info.log_ratio)
         else:
-            alarm = watch.monitor.observe(nis, info.labels * model.policy.action_size)
+            alarm = watch.monitor.observe(nis, info.degrees)
         if not alarm:
             return False
         if before is not None and (since is None or since > self.rest + watch.reference.lag):

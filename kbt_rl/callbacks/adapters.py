@@ -9,20 +9,20 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from stable_baselines3.common.callbacks import BaseCallback
 
-from kbt_rl.agents.experts import Expert, as_labeller, max_force
-from kbt_rl.agents.kbt import KBT, KBTInfo
+from kbt_rl.agents import posteriors as several
+from kbt_rl.agents.bayesian import BayesianLearner, KBTInfo
+from kbt_rl.agents.experts import Expert
 from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.agents.online_policy import Labeller
 from kbt_rl.agents.sample import LearnerInfo, Sample
 from kbt_rl.callbacks.adaptation import AdaptationStrategy
 from kbt_rl.callbacks.queries import Always, QueryRule
-from kbt_rl.callbacks.streams import SampleStream, StreamBatch, as_stream
+from kbt_rl.callbacks.streams import IidStream, SampleStream, StreamBatch, VisitedStream, as_stream
 from kbt_rl.inference.change_detection import upper_quantile
 
 
@@ -39,7 +39,8 @@ class OnlineAdapter(BaseCallback):
             ``(n, a)``. None if the stream brings labels.
         stream: ``"iid"`` (uniform in the label box, one label per environment step, as in the paper), ``"visited"``
             (the states of the rollout), ``"uncertain"`` (the most uncertain of a pool of i.i.d. states), or a
-            ``SampleStream``.
+            ``SampleStream``. By default i.i.d. for the learners on this library's transformer, and for others every
+            fifth visited state.
         query: Which of the stream's rows are worth asking for, such as ``VarianceGate()``; all by default.
         budget: Labels to ask for at most; None for no limit.
         delay: Steps that a label takes. 0: before the policy acts in the state that was labelled; 1: just after.
@@ -52,7 +53,7 @@ class OnlineAdapter(BaseCallback):
     def __init__(
         self,
         expert: Expert | None,
-        stream: str | SampleStream = "iid",
+        stream: str | SampleStream | None = None,
         *,
         query: QueryRule | None = None,
         budget: int | None = None,
@@ -61,7 +62,8 @@ class OnlineAdapter(BaseCallback):
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        self.stream, self.query = as_stream(stream), Always() if query is None else query
+        self._given = None if stream is None else as_stream(stream)
+        self.query = Always() if query is None else query
         if budget is not None and not budget >= 0:
             raise ValueError(f"budget is {budget}; a number of labels is not negative (None for no limit)")
         if not delay >= 0:
@@ -71,10 +73,10 @@ class OnlineAdapter(BaseCallback):
         self._on_the_way: deque[tuple[int, Sample]] = deque()
         self._step = 0
         self._run: tuple[OnlineAlgorithm, object] | None = None
-        if expert is None and not self.stream.labelled:
+        if expert is None and not (self._given is not None and self._given.labelled):
             raise ValueError("this stream brings no labels; pass an expert")
         self.expert, self.check_expert = expert, check_expert
-        self._labeller: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] | None = None
+        self._labeller: Labeller | None = None
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, OnlineAlgorithm):
@@ -82,33 +84,21 @@ class OnlineAdapter(BaseCallback):
                 f"{type(self).__name__} teaches the learners of kbt_rl (KBT, WarmStart); got "
                 f"{type(self.model).__name__}, which has no update(sample)"
             )
+        every = self.model.label_every
+        usual = IidStream() if every is None else VisitedStream(every)
+        self.stream: SampleStream = usual if self._given is None else self._given
         if self.expert is not None:
-            self._labeller = as_labeller(self.expert, self.model.observation_space, self.model.action_space)
+            self._labeller = self.model.labeller(self.expert)
             if self.check_expert:
-                self._check_plant(self.expert)
+                self.model.check_expert(self.expert)
 
     def _on_training_start(self) -> None:
         self.stream.check(self.model)
         self.query.check(self.model)
-        run = self.model, self.model.pretrain_info
+        run = self.model, self.model.lesson
         if self._run is None or any(now is not before for now, before in zip(run, self._run, strict=True)):
             self._on_the_way.clear()  # asked for another model, or for features of another encoder
         self._run = run
-
-    def _check_plant(self, expert: Expert) -> None:
-        """An expert of another plant, or of another force limit, is almost always a mistake."""
-        env = self.training_env
-        limit = max_force(env)
-        found = [("max_force", None if np.isnan(limit) else limit)]
-        if not getattr(expert, "tracking", False) and env.has_attr("params"):
-            found += [("params", params) for params in env.get_attr("params")]
-        for name, plant in found:
-            own = getattr(expert, name, None)
-            if own is not None and plant is not None and own != plant:
-                raise ValueError(
-                    f"the expert was made for {name}={own} and the training environment has {plant}; use "
-                    "for_env(env) of this environment, or pass check_expert=False if you mean it"
-                )
 
     def _on_step(self) -> bool:
         self._step += 1
@@ -125,7 +115,7 @@ class OnlineAdapter(BaseCallback):
 
     def _ask(self, batch: StreamBatch) -> Sample | None:
         """The batch with the labels of the rows that are worth one, or None if none is."""
-        offered = np.ones(len(batch.context.timesteps), dtype=bool) if batch.mask is None else batch.mask
+        offered = np.ones(batch.context.episodes, dtype=bool) if batch.mask is None else batch.mask
         features, wanted = batch.features, offered
         if not isinstance(self.query, Always):
             features = self.model.policy.encode(batch.context) if features is None else features
@@ -136,12 +126,14 @@ class OnlineAdapter(BaseCallback):
         self.asked, self.saved = self.asked + asked, self.saved + int(offered.sum()) - asked
         if not asked:
             return None
-        target = batch.target
+        target, kind = batch.target, batch.kind
         if target is None:
             assert self._labeller is not None
-            target = np.full((len(wanted), self.model.policy.action_size), np.nan)
-            target[wanted] = self._labeller(batch.context.newest[wanted])
-        return Sample(batch.context, target, None if wanted.all() else wanted, features)
+            kind = self._labeller.kind
+            labels = self._labeller.ask(batch.context.rows(wanted).newest)
+            target = np.full((len(wanted), *labels.shape[1:]), np.nan)
+            target[wanted] = labels
+        return Sample(batch.context, target, None if wanted.all() else wanted, features, kind)
 
     def _learn(self, sample: Sample) -> None:
         """Update on a sample whose labels have arrived."""
@@ -182,7 +174,7 @@ class KalmanAdapter(OnlineAdapter):
         **kwargs: See ``OnlineAdapter``.
     """
 
-    model: KBT
+    model: BayesianLearner
 
     def __init__(self, *args: Any, strategy: AdaptationStrategy | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -190,7 +182,7 @@ class KalmanAdapter(OnlineAdapter):
         self.repairs = 0
 
     def _init_callback(self) -> None:
-        if not isinstance(self.model, KBT):
+        if not isinstance(self.model, BayesianLearner):
             raise TypeError(
                 f"KalmanAdapter reads the posterior of KBT; use OnlineAdapter for {type(self.model).__name__}"
             )
@@ -217,11 +209,11 @@ class KalmanAdapter(OnlineAdapter):
         assert isinstance(info, KBTInfo)
         self.logger.record_mean("kalman/predictive_variance", info.predictive_variance)
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
-        self.logger.record_mean("kalman/nis", info.nis / (info.labels * self.model.policy.actions.degrees_of_freedom))
+        self.logger.record_mean("kalman/nis", info.nis / info.degrees)
         self.repairs += info.repairs
         self.logger.record("kalman/repairs", self.repairs)
         self._record_trust(info)
-        if not self.model.policy.head_config.plain_noise:
+        if not several.plain_noise(self.model.policy.heads):
             self.logger.record_mean("kalman/noise_variance", info.predictive_variance - info.epistemic_variance)
             self.logger.record_mean("kalman/label_weight", info.label_weight)
         if self.strategy is not None:
@@ -236,7 +228,6 @@ class KalmanAdapter(OnlineAdapter):
         if math.isnan(info.log_density):  # a learner that does not tell
             return
         self.logger.record_mean("kalman/nlpd", -info.log_density / info.labels)
-        actions = self.model.policy.actions
-        if actions.link == "identity":  # the NIS of a one-hot label is not chi-square
-            inside = info.nis <= upper_quantile(0.05, info.labels * actions.degrees_of_freedom, info.dof)
+        if several.link(self.model.policy.heads) == "identity":  # the NIS of a one-hot label is not chi-square
+            inside = info.nis <= upper_quantile(0.05, info.degrees, info.dof)
             self.logger.record_mean("kalman/coverage_95", float(inside))

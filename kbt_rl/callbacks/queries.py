@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kbt_rl.agents import posteriors
-from kbt_rl.agents.kbt import KBT
+from kbt_rl.agents.bayesian import BayesianLearner
 from kbt_rl.agents.online import OnlineAlgorithm
 
 Mask = npt.NDArray[np.bool_]
@@ -107,7 +107,7 @@ def noise_variance(model: OnlineAlgorithm) -> npt.NDArray[Any]:
         ValueError: A noise variance is 0.
     """
     heads = _heads_of(model)
-    if model.policy.actions.link == "softmax":
+    if posteriors.link(heads) == "softmax":
         return np.ones(len(heads))
     noise = posteriors.noise_covs(heads)
     variances: npt.NDArray[Any] = noise.diagonal(dim1=-2, dim2=-1).mean(-1).cpu().numpy()
@@ -117,6 +117,7 @@ def noise_variance(model: OnlineAlgorithm) -> npt.NDArray[Any]:
 
 
 def _heads_of(model: OnlineAlgorithm) -> posteriors.Heads:
-    if not isinstance(model, KBT):
+    if not isinstance(model, BayesianLearner):
         raise TypeError(f"{type(model).__name__} has no posterior to ask; variance-based queries need KBT")
-    return model.policy.heads
+    heads: posteriors.Heads = model.policy.heads
+    return heads

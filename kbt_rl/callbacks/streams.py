@@ -18,8 +18,9 @@ from gymnasium import spaces
 from torch import Tensor
 
 from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.agents.online_policy import Context
 from kbt_rl.callbacks.queries import epistemic_variance
-from kbt_rl.models.context import ContextWindow
+from kbt_rl.networks.links import LabelKind
 
 Array = npt.NDArray[Any]
 
@@ -32,12 +33,14 @@ class StreamBatch(NamedTuple):
         features: Their features where the rollout has encoded them already.
         target: Labels, if the stream brings its own; else the expert is asked.
         mask: Rows to use, ``(n,)``; None for all.
+        kind: What the labels are.
     """
 
-    context: ContextWindow
+    context: Context
     features: Tensor | None = None
     target: Array | None = None
     mask: npt.NDArray[np.bool_] | None = None
+    kind: LabelKind = "action"
 
 
 class SampleStream(ABC):

@@ -33,6 +33,11 @@ class ContextWindow(NamedTuple):
         """The newest observations, ``(n, observation size)``."""
         return self.observations[:, -1]
 
+    @property
+    def episodes(self) -> int:
+        """``n``."""
+        return len(self.timesteps)
+
     def rows(self, picked: slice | npt.NDArray[Any]) -> ContextWindow:
         """The windows of some episodes."""
         return ContextWindow(self.observations[picked], self.actions[picked], self.timesteps[picked])

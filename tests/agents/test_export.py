@@ -18,7 +18,7 @@ from learners import LONGER, SHIFTED, changed, expert, kbt, learner, longer_kbt,
 from safetensors.torch import load_file, save_file
 
 from kbt_rl import KBT, HeadConfig, Sample
-from kbt_rl.agents.export import FORMAT_VERSION, digest, load_safetensors, save_safetensors
+from kbt_rl.agents.export import FORMAT, load_safetensors, save_safetensors
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 
@@ -47,7 +47,7 @@ def rewritten(
     other = path.with_name("rewritten.safetensors")
     new, content = {**header_of(path), **(header or {})}, {**load_file(path), **(tensors or {})}
     if forged:
-        new["sha256"] = digest(new, content)
+        new["sha256"] = FORMAT.digest(new, content)
     save_file(content, other, new)
     return other
 
@@ -103,8 +103,8 @@ def test_a_policy_alone_is_saved_and_filled(tmp_path: Path) -> None:
 def test_the_file_holds_no_pickle_and_states_its_version(tmp_path: Path) -> None:
     path = save_safetensors(learned(), tmp_path / "policy")
     header = header_of(path)
-    assert header["format_version"] == str(FORMAT_VERSION) == "2"
-    assert header["sha256"] == digest(header, load_file(path))
+    assert header["format_version"] == str(FORMAT.version) == "2"
+    assert header["sha256"] == FORMAT.digest(header, load_file(path))
     assert json.loads(header["forces"])["max_force"] == 120.0
     assert settings_of(path)["head"]["rule"] == "measure"
     assert load_file(path)["policy.head.mean"].dtype == torch.float64
@@ -116,15 +116,15 @@ def test_the_digest_tells_all_content_apart(tmp_path: Path) -> None:
     header, tensors = header_of(path), load_file(path)
     mean = tensors["policy.head.mean"]
     others = [
-        digest({**header, "settings": header["settings"] + " "}, tensors),
-        digest({**header, "forces": "{}"}, tensors),
-        digest(header, {name: value for name, value in tensors.items() if name != "policy.head.mean"}),
-        digest(header, {**tensors, "policy.head.mean": mean.view(1, -1)}),
-        digest(header, {**tensors, "policy.head.mean": mean.view(torch.int64)}),
-        digest(header, {**tensors, "policy.head.mean": mean.nextafter(mean + 1.0)}),
+        FORMAT.digest({**header, "settings": header["settings"] + " "}, tensors),
+        FORMAT.digest({**header, "forces": "{}"}, tensors),
+        FORMAT.digest(header, {name: value for name, value in tensors.items() if name != "policy.head.mean"}),
+        FORMAT.digest(header, {**tensors, "policy.head.mean": mean.view(1, -1)}),
+        FORMAT.digest(header, {**tensors, "policy.head.mean": mean.view(torch.int64)}),
+        FORMAT.digest(header, {**tensors, "policy.head.mean": mean.nextafter(mean + 1.0)}),
     ]
-    assert len({digest(header, tensors), *others}) == 1 + len(others)
-    assert header_of(save_safetensors(learned(), tmp_path / "again"))["sha256"] == digest(header, tensors)
+    assert len({FORMAT.digest(header, tensors), *others}) == 1 + len(others)
+    assert header_of(save_safetensors(learned(), tmp_path / "again"))["sha256"] == FORMAT.digest(header, tensors)
 
 
 # ---------------------------------------------------------------------- what is saved can be loaded

@@ -18,7 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from kbt_rl import KBT, Fallback, HeadConfig, KalmanAdapter, Sample
-from kbt_rl.agents.kbt import KBTInfo
+from kbt_rl.agents.bayesian import KBTInfo
 from kbt_rl.callbacks import Forgetting, QueryRule, RecordedStream, UncertainStream, VarianceGate, VisitedStream
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.head import BayesianHead

@@ -1,0 +1,415 @@
+"""One linear layer under several label noises at once, weighted by how well each predicts: nobody has to choose one.
+
+The mean of a Bayesian linear layer depends on the ratio of label noise and prior variance alone, and no ratio suits all
+tasks. So the layer is learned with each of a few ratios ``lambda_k``, exactly, as the outputs of one ``shared`` head.
+Let ``e`` be the error of a label before it is learned and ``V = h' P_k h + lambda_k`` its variance in units of an
+unknown scale, whose inverse has a gamma distribution. Then the label has Student's t density,
+
+    log p_k = sum_j -1/2 log(b_kj V_k / n_j) - (n_j + 1)/2 log(1 + e_kj^2 / (b_kj V_k)) + const
+
+and after it ``b <- b + w e^2 / V``, ``n <- n + w``, ``log v_k <- log v_k + w log p_k``. A label of a state that hardly
+differs from the one before says hardly anything new, so that its evidence counts by
+``w = min(1, |h - h_before|^2 / tr Cov(h))``. What is predicted is the mixture with the weights ``v``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.special import gammaln
+from torch import Tensor, nn
+
+from kbt_rl.inference import checks
+from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.errors import UpdateError
+from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.prediction import Prediction
+from kbt_rl.inference.transactions import replace_buffers, signals_deferred
+from kbt_rl.inference.types import Rows, UpdateInfo
+
+# Ratios of label noise to prior variance, and what each is trusted before any label: labels that follow each other in
+# an episode resemble each other and want a large one.
+RATIOS = (1e-3, 1e-2, 1e-1)
+SHARES = (0.02, 0.18, 0.80)
+# An episode starts where others have started.
+FIRST = 0.03
+# Labels' worth of trust in the scale of the errors before any label, which is that of the target.
+START_DOF = 2.0
+
+Array = npt.NDArray[np.float64]
+
+
+class Evidence(NamedTuple):
+    """How well each model has predicted, and how large the errors are.
+
+    Attributes:
+        logs: Logarithm of the weight of each model, ``(k,)``.
+        misfit: Sum of squared errors over their variances, ``(k, o)``.
+        dof: Labels that it is the sum of, ``(o,)``.
+    """
+
+    logs: Array
+    misfit: Array
+    dof: Array
+
+    @property
+    def shares(self) -> Array:
+        """Weight of each model, ``(k,)``."""
+        shares: Array = np.exp(self.logs - np.logaddexp.reduce(self.logs))
+        return shares
+
+    @property
+    def scale(self) -> Array:
+        """Squared scale of the errors in units of their variances, ``(k, o)``."""
+        scale: Array = self.misfit / self.dof
+        return scale
+
+    def densities(self, squares: Array, variances: Array, given: npt.NDArray[np.bool_]) -> Array:
+        """Log density of a label under each model, ``(k,)``.
+
+        Args:
+            squares: Squared errors over ``variances``, ``(k, o)``.
+            variances: Of the label in units of the scale, ``(k, o)``.
+            given: Outputs that have a label, ``(o,)``.
+        """
+        normaliser = gammaln(0.5 * (self.dof + 1.0)) - gammaln(0.5 * self.dof) - 0.5 * np.log(math.pi * self.dof)
+        each = normaliser - 0.5 * np.log(self.scale * variances)
+        each = each - 0.5 * (self.dof + 1.0) * np.log1p(squares / self.misfit)
+        densities: Array = np.where(given, each, 0.0).sum(axis=1)
+        return densities
+
+    def after(self, squares: Array, densities: Array, given: npt.NDArray[np.bool_], weight: float) -> Evidence:
+        """The evidence after a label that counts for ``weight``."""
+        logs = self.logs + weight * densities
+        return Evidence(
+            logs - np.logaddexp.reduce(logs), self.misfit + weight * squares * given, self.dof + weight * given
+        )
+
+
+class _Plan(NamedTuple):
+    """What an update makes of the evidence, the features of its last label, and the record."""
+
+    evidence: Evidence
+    last: Tensor
+    info: UpdateInfo
+
+
+class ModelAverage(nn.Module):
+    """Bayesian linear regression averaged over several label noises.
+
+    It has the interface of ``BayesianHead`` as far as policies ask for it.
+
+    Args:
+        in_features: Number of features ``d``.
+        out_features: Number of outputs ``o``.
+        prior_variance: Of each weight, in units of ``target_scale`` squared; one over the mean square of the features
+            makes a prior variance of the output of 1.
+        ratios: Label noise over ``target_scale`` squared, of each model.
+        shares: Prior weight of each model, positive.
+        first: What the evidence of a label counts for that has none before it.
+        history: Updates to keep for ``rollback``.
+    """
+
+    log_shares: Tensor
+    misfit: Tensor
+    dof: Tensor
+    last: Tensor  # features of the label before, NaN where there was none
+    learns_noise = False  # in the sense of ``BayesianHead``: there is no estimate to put back
+    noise_estimate = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        prior_variance: float = 1.0,
+        *,
+        ratios: Sequence[float] = RATIOS,
+        shares: Sequence[float] = SHARES,
+        first: float = FIRST,
+        history: int = 0,
+    ) -> None:
+        super().__init__()
+        positive = all(0.0 < value < math.inf for value in (*ratios, *shares))
+        if len(ratios) != len(shares) or len(ratios) == 0 or not positive:
+            raise ValueError(f"ratios are {ratios} and shares {shares}; as many of each, positive and finite")
+        self.in_features, self.out_features, self.models = in_features, out_features, len(ratios)
+        self.ratios, self.start_shares = np.array(ratios)[:, None], np.array(shares) / sum(shares)
+        config = HeadConfig(structure="shared", rho=0.0, last_variance=prior_variance, history=history)
+        self.head = BayesianHead(in_features, out_features * self.models, config)
+        for name, value in self._as_buffers(self._start(), self._nothing()).items():
+            self.register_buffer(name, value)
+        self.spread, self.first = float(in_features), first
+        self._history: deque[dict[str, Tensor]] = deque(maxlen=history)
+
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments that make such a head again, for a file."""
+        return {
+            "prior_variance": self.head.config.last_variance,
+            "ratios": self.ratios[:, 0].tolist(),
+            "shares": self.start_shares.tolist(),
+            "first": self.first,
+            "history": self.head.config.history,
+        }
+
+    def reset(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        feature_mean: Tensor | None = None,
+        feature_scale: Tensor | None = None,
+        target_scale: Tensor | None = None,
+        spread: float | None = None,
+    ) -> None:
+        """Return to the prior that reproduces ``weight @ h + bias``; what was learned is forgotten.
+
+        Args:
+            weight: ``(o, d)``.
+            bias: ``(o,)``.
+            feature_mean: See ``BayesianHead.reset``.
+            feature_scale: See there.
+            target_scale: See there.
+            spread: Sum of the variances of the scaled features, by which the step from one label to the next is judged;
+                their number if None.
+        """
+        if spread is not None and not 0.0 < spread < math.inf:
+            raise ValueError(f"spread is {spread}; a sum of variances is positive and finite")
+        scale = checks.positive("target_scale", target_scale, (self.out_features,), self.head.mean)
+        noise = torch.from_numpy(self.ratios).to(scale) * scale.square()
+        self.head.reset(
+            weight.repeat(self.models, 1),
+            bias.repeat(self.models),
+            feature_mean=feature_mean,
+            feature_scale=feature_scale,
+            target_scale=scale.repeat(self.models),
+        )
+        self.head.set_noise(torch.diag(noise.flatten()))
+        with signals_deferred():
+            replace_buffers(self._buffers, self._as_buffers(self._start(), self._nothing()))
+            self.spread = float(self.in_features) if spread is None else spread
+            self._history.clear()
+
+    # ------------------------------------------------------------------ learning
+
+    @torch.no_grad()
+    def update(self, features: Rows, target: Rows) -> UpdateInfo:
+        """Condition all models on labelled rows; completes or changes nothing.
+
+        Args:
+            features: ``(B, d)``.
+            target: ``(B, o)``; an entry of NaN has no label.
+
+        Returns:
+            The record of the mixture in units of ``target_scale``.
+
+        Raises:
+            ValueError: Wrong shape, or not finite.
+            UpdateError: The result would not be a proper posterior.
+        """
+        rows, labels = _as_tensor(features), _as_tensor(target).double()
+        if labels.shape != (len(rows), self.out_features):
+            raise ValueError(
+                f"target has shape {tuple(labels.shape)}; expected {(len(rows), self.out_features)}, one row a row of "
+                "features"
+            )
+        if bool(torch.isnan(labels).all()):
+            return UpdateInfo.without_labels()
+        with np.errstate(all="ignore"):
+            plan = self._plan(rows, labels)
+        if not all(np.isfinite(part).all() for part in plan.evidence):
+            self.head.kind.checked(dict(self.head.named_buffers()), rows, labels.repeat(1, self.models))
+            raise UpdateError(
+                "the square of a label's error leaves float64; the posterior is unchanged. Check features and target "
+                "for huge values."
+            )
+        kept = {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)}
+        buffers = self._as_buffers(plan.evidence, plan.last)
+        with signals_deferred():
+            self.head.update(rows, labels.repeat(1, self.models))
+            replace_buffers(self._buffers, buffers)
+            self._history.append(kept)
+        return plan.info
+
+    def _plan(self, rows: Tensor, labels: Tensor) -> _Plan:
+        """What labels ``(B, o)``, some of which may be NaN, say before they are learned."""
+        evidence, scale = self.evidence, self._scale()
+        means, own = self._each(rows)
+        given: npt.NDArray[np.bool_] = ~torch.isnan(labels).cpu().numpy()
+        variances = own + self.ratios
+        errors = np.where(given[:, None], labels.cpu().numpy()[:, None] / scale - means, 0.0)
+        squares = errors**2 / variances
+        mean, epistemic, aleatoric = _mixture(evidence, means, own, self.ratios)
+        weights, last = self._novelty(rows, np.asarray(given.any(axis=1)))
+        nis = float((squares / evidence.scale)[:, evidence.logs.argmax()].sum())
+        dof, log_density = float(evidence.dof.min()), 0.0
+        for row in np.flatnonzero(given.any(axis=1)):
+            densities = evidence.densities(squares[row], variances[row], given[row])
+            log_density += float(np.logaddexp.reduce(evidence.logs + densities))
+            evidence = evidence.after(squares[row], densities, given[row], float(weights[row]))
+
+        share = np.where(given, scale**2 / (scale**2).mean(), 0.0) / given.sum()
+        info = UpdateInfo(
+            innovation=math.sqrt(float((share * np.where(given, labels.cpu().numpy() / scale - mean, 0.0) ** 2).sum())),
+            nis=nis,
+            epistemic_variance=float((share * epistemic).sum()),
+            predictive_variance=float((share * (epistemic + aleatoric)).sum()),
+            labels=int(given.sum()),
+            log_density=log_density,
+            dof=dof,
+        )
+        return _Plan(evidence, last, info)
+
+    def _novelty(self, rows: Tensor, given: npt.NDArray[np.bool_]) -> tuple[Array, Tensor]:
+        """What the evidence of each row counts for, ``(B,)``, and the features of the last that has a label."""
+        scaled = (rows.double() - self.head.feature_mean) / self.head.feature_scale
+        weights, last = np.zeros(len(rows)), self.last
+        for row in np.flatnonzero(given):
+            step = float((scaled[row] - last).square().sum()) / self.spread
+            weights[row], last = self.first if math.isnan(step) else min(1.0, step), scaled[row]
+        return weights, last
+
+    def rollback(self, n: int = 1) -> int:
+        """See ``BayesianHead.rollback``."""
+        with signals_deferred():
+            undone = self.head.rollback(n)
+            for _ in range(n):
+                before = self._history.pop()
+            replace_buffers(self._buffers, before)
+        return undone
+
+    @property
+    def undoable(self) -> int:
+        """See ``BayesianHead.undoable``."""
+        return self.head.undoable
+
+    def reopen(self, fraction: float = 1.0) -> None:
+        """See ``BayesianHead.reopen``; the evidence goes the same way back."""
+        start, now = self._start(), self.evidence
+        opened = Evidence(*[(1.0 - fraction) * old + fraction * new for old, new in zip(now, start, strict=True)])
+        with signals_deferred():
+            self.head.reopen(fraction)
+            replace_buffers(self._buffers, self._as_buffers(opened, self.last))
+            self._history.clear()
+
+    def forget(self, factor: float) -> None:
+        """See ``BayesianHead.forget``."""
+        self._loosen("fading", factor)
+
+    def add_process_noise(self, scale: float) -> None:
+        """See ``BayesianHead.add_process_noise``."""
+        self._loosen("process_noise", scale)
+
+    def _loosen(self, forgetting: str, rate: float) -> None:
+        with signals_deferred():
+            self.head.loosen(forgetting, rate)
+            self._history.clear()
+
+    # ------------------------------------------------------------------ prediction
+
+    @torch.no_grad()
+    def mean_outputs(self, features: Rows) -> Tensor:
+        """Mean of the outputs in units of the target, ``(B, o)``."""
+        each = self.head.mean_outputs(features)
+        shares = torch.from_numpy(self.evidence.shares).to(each)
+        return shares @ each.view(*each.shape[:-1], self.models, self.out_features)
+
+    def predict(self, features: Rows) -> Prediction:
+        """Distribution of the target for each row of ``features`` ``(B, d)``, of the mixture.
+
+        Variances are squared scales of Student's t distributions with ``predictive_dof`` degrees of freedom.
+        """
+        evidence, scale = self.evidence, self._scale()
+        means, own = self._each(_as_tensor(features))
+        parts = _mixture(evidence, means, own, self.ratios)
+        mean, epistemic, aleatoric = (torch.from_numpy(part).to(self.log_shares) for part in parts)
+        unit = torch.from_numpy(scale).to(mean)
+        return Prediction(mean * unit, epistemic * unit.square(), "identity", torch.diag(aleatoric * unit.square()))
+
+    def epistemic_variance(self, features: Rows) -> Tensor:
+        """Variance of each output from the weights, ``(B, o)``, in units of ``target_scale`` squared."""
+        means, own = self._each(_as_tensor(features))
+        return torch.from_numpy(_mixture(self.evidence, means, own, self.ratios)[1]).to(self.log_shares)
+
+    @property
+    def evidence(self) -> Evidence:
+        """How well each model has predicted; shares memory with the module on a CPU."""
+        return Evidence(*(self._buffers[name].cpu().numpy() for name in ("log_shares", "misfit", "dof")))  # type: ignore[union-attr]
+
+    @property
+    def noise_cov(self) -> Tensor:
+        """Covariance of the label noise, ``(o, o)``, in units of ``target_scale`` squared."""
+        evidence = self.evidence
+        noise = (evidence.shares[:, None] * evidence.scale * self.ratios).sum(axis=0)
+        return torch.diag(torch.from_numpy(noise).to(self.log_shares))
+
+    @property
+    def labels_seen(self) -> Tensor:
+        """Labelled rows learned from."""
+        return self.head.labels_seen
+
+    @property
+    def predictive_dof(self) -> float:
+        """Degrees of freedom of predictions."""
+        return float(self.dof.min())
+
+    @property
+    def target_scale(self) -> Tensor:
+        """Scale of each target, ``(o,)``."""
+        return self.head.target_scale[: self.out_features]
+
+    @property
+    def mean_square_scale(self) -> float:
+        """See ``Posterior``."""
+        return self.scales[0]
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """See ``Posterior.scales``."""
+        outputs = self.target_scale.tolist()
+        return sum(scale * scale for scale in outputs) / len(outputs), sum(map(math.log, outputs))
+
+    def variances(self) -> Tensor:
+        """Variance of each weight of each model in its own units, ``(k o d,)``."""
+        return self.head.variances()
+
+    def _scale(self) -> Array:
+        scale: Array = self.target_scale.cpu().numpy()
+        return scale
+
+    def _each(self, rows: Tensor) -> tuple[Array, Array]:
+        """Means and epistemic variances of each model ``(B, k, o)``, in units of ``target_scale`` and of the scale."""
+        prediction, scale = self.head.predict(rows), self._scale()
+        shape = len(rows), self.models, self.out_features
+        means = prediction.mean.view(shape).cpu().numpy() / scale
+        own = prediction.epistemic_variance.reshape(shape).cpu().numpy() / scale**2
+        return means, own
+
+    def _start(self) -> Evidence:
+        shape = self.models, self.out_features
+        return Evidence(np.log(self.start_shares), np.full(shape, START_DOF), np.full(self.out_features, START_DOF))
+
+    def _nothing(self) -> Tensor:
+        return torch.full_like(self.head.feature_mean, math.nan)
+
+    def _as_buffers(self, evidence: Evidence, last: Tensor) -> dict[str, Tensor]:
+        names, like = ("log_shares", "misfit", "dof"), self.head.mean
+        found = {name: torch.from_numpy(part.copy()).to(like) for name, part in zip(names, evidence, strict=True)}
+        return found | {"last": last.clone()}
+
+
+def _mixture(evidence: Evidence, means: Array, own: Array, ratios: Array) -> tuple[Array, Array, Array]:
+    """Mean and epistemic variance ``(B, o)`` of the mixture, and its noise variance ``(o,)``."""
+    shares = evidence.shares[:, None]
+    mean = (shares * means).sum(axis=1)
+    epistemic = (shares * (own * evidence.scale + (means - mean[:, None]) ** 2)).sum(axis=1)
+    return mean, epistemic, (shares * evidence.scale * ratios).sum(axis=0)
+
+
+def _as_tensor(values: Any) -> Tensor:
+    return values.detach() if isinstance(values, Tensor) else torch.as_tensor(checks.as_array(values))

@@ -1,0 +1,114 @@
+"""Any PyTorch module from observations ``(n, ...)`` to outputs ``(n, o)``: its last linear layer is found, or named."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from kbt_rl.networks.base import Array, Call, Network, State, linears
+from kbt_rl.networks.links import link_for
+
+
+class ModuleNetwork(Network):
+    """A module whose outputs are actions, taken as they are.
+
+    Args:
+        module: In evaluation mode from now on.
+        layer: Name of its last linear layer, as ``named_modules`` has it, or ``"auto"``.
+        states: Observations that it can be run on ``(n, ...)``, from which its layers are found; None if there are
+            none, when the layers' own order must tell.
+
+    Raises:
+        ValueError: There is no linear layer, or several could be the last.
+    """
+
+    def __init__(self, module: nn.Module, layer: str = "auto", states: Array | None = None) -> None:
+        self.module = module.eval()
+        found = linears(module)
+        if not found:
+            raise ValueError(f"{type(module).__name__} has no nn.Linear, so there is no last layer to adapt")
+        names = {part: name for name, part in found}
+        order = [part for _, part in found]
+        if states is not None:
+            order, last = executed(module, self._tensor(states[:2]), order)
+        else:
+            last = order[-1:] if _is_chain(module) or len(order) == 1 else order
+        if layer != "auto":
+            chosen = dict(found).get(layer)
+            if chosen is None:
+                raise ValueError(f"layer is {layer!r}; the linear layers are {', '.join(dict(found))}")
+        elif len(last) == 1:
+            chosen = last[0]
+        else:
+            raise ValueError(
+                f"several layers could be the last: {', '.join(names[part] for part in last)}; name one as layer="
+                + ("" if states is not None else ", or pass states=, on which the module can be run")
+            )
+        self.layer = chosen
+        self.before = order[: order.index(chosen)] if chosen in order else []
+        inputs = (self.before[0] if self.before else chosen).in_features
+        shape = (inputs,) if states is None else states.shape[1:]
+        self.observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.action_space = spaces.Box(-np.inf, np.inf, (chosen.out_features,), np.float32)
+        self.link = link_for(self.action_space, squashed=False)
+
+    def run(self, call: Call) -> tuple[Array, State]:
+        """See ``Network``."""
+        assert not isinstance(call.observation, dict)
+        single = self.is_single(call.observation)
+        rows = call.observation[np.newaxis] if single else call.observation
+        with torch.no_grad():
+            outputs: Array = self.module(self._tensor(rows)).cpu().numpy()
+        return (outputs[0] if single else outputs), call.state
+
+    def copied(self, model: Any) -> tuple[Any, nn.Module]:
+        """See ``Network``."""
+        module = copy.deepcopy(self.module)
+        return module, module
+
+    def _tensor(self, rows: Array) -> Tensor:
+        like = next(self.module.parameters())
+        return torch.as_tensor(np.asarray(rows)).to(like)
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether the order of registration is that of execution."""
+    return isinstance(module, nn.Sequential) and all(
+        _is_chain(part) or not linears(part) or isinstance(part, nn.Linear) for part in module
+    )
+
+
+def executed(module: nn.Module, rows: Tensor, layers: list[nn.Linear]) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """The linear layers in the order in which the module runs them, and those on whose outputs no other depends."""
+    order: list[nn.Linear] = []
+    inputs: dict[nn.Linear, Tensor] = {}
+    outputs: dict[nn.Linear, Tensor] = {}
+
+    def hook(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        if layer not in outputs:
+            order.append(layer)
+        inputs[layer], outputs[layer] = given[0], output
+
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        with torch.enable_grad():
+            module(rows.detach().requires_grad_())
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = []
+    for index, layer in enumerate(order):
+        later = [inputs[other].sum() for other in order[index + 1 :] if inputs[other].requires_grad]
+        if not later:
+            last.append(layer)
+            continue
+        total = torch.stack(later).sum()
+        if torch.autograd.grad(total, outputs[layer], retain_graph=True, allow_unused=True)[0] is None:
+            last.append(layer)
+    return order, last

@@ -1,0 +1,28 @@
+"""Which family of networks a user's model is of: a new family is one file and one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from kbt_rl.networks.base import Array, Network
+from kbt_rl.networks.module import ModuleNetwork
+from kbt_rl.networks.sb3 import SB3Network, policy_of
+
+
+def network_of(model: Any, layer: str, states: Array | None) -> Network:
+    """The network of a model.
+
+    Raises:
+        TypeError: It is of no family that is known.
+        ValueError: Its last layer is not to be found.
+    """
+    policy = policy_of(model)
+    if policy is not None:
+        return SB3Network(policy)
+    if isinstance(model, nn.Module):
+        return ModuleNetwork(model, layer, states)
+    raise TypeError(
+        f"adapt() takes a model or policy of Stable-Baselines3 or a torch.nn.Module; got {type(model).__name__}"
+    )
