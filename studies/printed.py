@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.bayesian import KBTInfo
+from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.inference.config import HeadConfig

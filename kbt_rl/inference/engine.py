@@ -333,11 +333,12 @@ ENGINES: tuple[type[Engine], ...] = (OutputsEngine, ClassesEngine, SmallEngine)
 
 def engine_for(kind: Kind) -> Engine | None:
     """Machine code for a head, compiled if this machine does not have it yet; None where there is none."""
-    found = next((engine for engine in ENGINES if engine.serves(kind)), None)
-    if found is None or kernels() is None:
+    # No generator that is left before its end: Python drops a signal whose handler raises while it closes one.
+    serving = [engine for engine in ENGINES if engine.serves(kind)]
+    if not serving or kernels() is None:
         return None
-    _prepare(found, kind)
-    return found(kind, kernels())
+    _prepare(serving[0], kind)
+    return serving[0](kind, kernels())
 
 
 def batch_engine_for(kind: Kind) -> BatchEngine | None:

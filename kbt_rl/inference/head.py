@@ -28,6 +28,7 @@ from kbt_rl.inference.posterior import Posterior
 from kbt_rl.inference.prediction import Prediction
 from kbt_rl.inference.transactions import replace_buffers, signals_deferred
 from kbt_rl.inference.types import (
+    Array,
     Gaussian,
     HeadState,
     Increment,
@@ -349,6 +350,13 @@ class BayesianHead(Posterior):
         with self._lock, torch.no_grad():
             cov = self._logits(features).cov
         return cov if cov.ndim == 2 else cov.diagonal(dim1=-2, dim2=-1)
+
+    def predict_each(self, features: Rows) -> tuple[Array, Array]:
+        """Mean and epistemic variance of each output, arrays ``(N, o)`` in units of ``target_scale``; of logits too."""
+        with self._lock, torch.no_grad():
+            mean, cov = self._logits(features)
+        own = cov if cov.ndim == 2 else cov.diagonal(dim1=-2, dim2=-1)
+        return mean.cpu().numpy(), own.cpu().numpy()
 
     def _logits(self, features: Rows) -> Gaussian:
         features = features if isinstance(features, Tensor) else checks.as_array(features)

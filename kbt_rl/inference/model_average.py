@@ -42,7 +42,8 @@ FIRST = 0.03
 # Labels' worth of trust in the scale of the errors before any label, which is that of the target.
 START_DOF = 2.0
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]
 
 
 class Evidence(NamedTuple):
@@ -70,7 +71,7 @@ class Evidence(NamedTuple):
         scale: Array = self.misfit / self.dof
         return scale
 
-    def densities(self, squares: Array, variances: Array, given: npt.NDArray[np.bool_]) -> Array:
+    def densities(self, squares: Array, variances: Array, given: Mask) -> Array:
         """Log density of a label under each model, ``(k,)``.
 
         Args:
@@ -84,20 +85,12 @@ class Evidence(NamedTuple):
         densities: Array = np.where(given, each, 0.0).sum(axis=1)
         return densities
 
-    def after(self, squares: Array, densities: Array, given: npt.NDArray[np.bool_], weight: float) -> Evidence:
+    def after(self, squares: Array, densities: Array, given: Mask, weight: float) -> Evidence:
         """The evidence after a label that counts for ``weight``."""
         logs = self.logs + weight * densities
         return Evidence(
             logs - np.logaddexp.reduce(logs), self.misfit + weight * squares * given, self.dof + weight * given
         )
-
-
-class _Plan(NamedTuple):
-    """What an update makes of the evidence, the features of its last label, and the record."""
-
-    evidence: Evidence
-    last: Tensor
-    info: UpdateInfo
 
 
 class ModelAverage(nn.Module):
@@ -145,6 +138,7 @@ class ModelAverage(nn.Module):
         for name, value in self._as_buffers(self._start(), self._nothing()).items():
             self.register_buffer(name, value)
         self.spread, self.first = float(in_features), first
+        self._history_size = history
         self._history: deque[dict[str, Tensor]] = deque(maxlen=history)
 
     def settings(self) -> dict[str, Any]:
@@ -197,7 +191,6 @@ class ModelAverage(nn.Module):
 
     # ------------------------------------------------------------------ learning
 
-    @torch.no_grad()
     def update(self, features: Rows, target: Rows) -> UpdateInfo:
         """Condition all models on labelled rows; completes or changes nothing.
 
@@ -212,66 +205,72 @@ class ModelAverage(nn.Module):
             ValueError: Wrong shape, or not finite.
             UpdateError: The result would not be a proper posterior.
         """
-        rows, labels = _as_tensor(features), _as_tensor(target).double()
+        rows, labels = checks.as_array(features), np.asarray(checks.as_array(target), dtype=np.float64)
         if labels.shape != (len(rows), self.out_features):
             raise ValueError(
-                f"target has shape {tuple(labels.shape)}; expected {(len(rows), self.out_features)}, one row a row of "
-                "features"
+                f"target has shape {labels.shape}; expected {(len(rows), self.out_features)}, one row a row of features"
             )
-        if bool(torch.isnan(labels).all()):
+        given = labels == labels
+        if not given.any():
             return UpdateInfo.without_labels()
+        own_labels = np.tile(labels, self.models)
         with np.errstate(all="ignore"):
-            plan = self._plan(rows, labels)
-        if not all(np.isfinite(part).all() for part in plan.evidence):
-            self.head.kind.checked(dict(self.head.named_buffers()), rows, labels.repeat(1, self.models))
+            evidence, last, info = self._plan(rows, labels, given)
+        if not math.isfinite(sum(float(part.sum()) for part in evidence)):
+            self.head.kind.checked(dict(self.head.named_buffers()), rows, own_labels)
             raise UpdateError(
                 "the square of a label's error leaves float64; the posterior is unchanged. Check features and target "
                 "for huge values."
             )
-        kept = {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)}
-        buffers = self._as_buffers(plan.evidence, plan.last)
+        kept = (
+            {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)} if self._history_size else {}
+        )
+        buffers = self._as_buffers(evidence, last)
         with signals_deferred():
-            self.head.update(rows, labels.repeat(1, self.models))
+            self.head.update(rows, own_labels)
             replace_buffers(self._buffers, buffers)
             self._history.append(kept)
-        return plan.info
+        return info
 
-    def _plan(self, rows: Tensor, labels: Tensor) -> _Plan:
-        """What labels ``(B, o)``, some of which may be NaN, say before they are learned."""
-        evidence, scale = self.evidence, self._scale()
+    def _plan(self, rows: Array, labels: Array, given: Mask) -> tuple[Evidence, Array, UpdateInfo]:
+        """The evidence after labels ``(B, o)``, the features of the last one, and the record."""
+        before, scale = self.evidence, self._scale()
         means, own = self._each(rows)
-        given: npt.NDArray[np.bool_] = ~torch.isnan(labels).cpu().numpy()
         variances = own + self.ratios
-        errors = np.where(given[:, None], labels.cpu().numpy()[:, None] / scale - means, 0.0)
-        squares = errors**2 / variances
-        mean, epistemic, aleatoric = _mixture(evidence, means, own, self.ratios)
-        weights, last = self._novelty(rows, np.asarray(given.any(axis=1)))
-        nis = float((squares / evidence.scale)[:, evidence.logs.argmax()].sum())
-        dof, log_density = float(evidence.dof.min()), 0.0
-        for row in np.flatnonzero(given.any(axis=1)):
+        errors = np.where(given[:, None], (labels / scale)[:, None] - means, 0.0)
+        squares = errors * errors / variances
+        labelled = np.flatnonzero(given.any(axis=1))
+        weights, last = self._novelty(rows, labelled)
+        evidence, log_density = before, 0.0
+        for row in labelled:
             densities = evidence.densities(squares[row], variances[row], given[row])
             log_density += float(np.logaddexp.reduce(evidence.logs + densities))
             evidence = evidence.after(squares[row], densities, given[row], float(weights[row]))
-
-        share = np.where(given, scale**2 / (scale**2).mean(), 0.0) / given.sum()
+        mean, epistemic, aleatoric = _mixture(before, means, own, self.ratios)
+        share = given * (scale * scale / (scale @ scale / len(scale))) / given.sum()
+        innovation = np.where(given, labels / scale - mean, 0.0)
         info = UpdateInfo(
-            innovation=math.sqrt(float((share * np.where(given, labels.cpu().numpy() / scale - mean, 0.0) ** 2).sum())),
-            nis=nis,
+            innovation=math.sqrt(float((share * innovation * innovation).sum())),
+            nis=float((squares / before.scale)[:, before.logs.argmax()].sum()),
             epistemic_variance=float((share * epistemic).sum()),
             predictive_variance=float((share * (epistemic + aleatoric)).sum()),
             labels=int(given.sum()),
             log_density=log_density,
-            dof=dof,
+            dof=float(before.dof.min()),
         )
-        return _Plan(evidence, last, info)
+        return evidence, last, info
 
-    def _novelty(self, rows: Tensor, given: npt.NDArray[np.bool_]) -> tuple[Array, Tensor]:
+    def _novelty(self, rows: Array, labelled: npt.NDArray[np.intp]) -> tuple[Array, Array]:
         """What the evidence of each row counts for, ``(B,)``, and the features of the last that has a label."""
-        scaled = (rows.double() - self.head.feature_mean) / self.head.feature_scale
-        weights, last = np.zeros(len(rows)), self.last
-        for row in np.flatnonzero(given):
-            step = float((scaled[row] - last).square().sum()) / self.spread
-            weights[row], last = self.first if math.isnan(step) else min(1.0, step), scaled[row]
+        centre, scale, last = (
+            buffer.cpu().numpy() for buffer in (self.head.feature_mean, self.head.feature_scale, self.last)
+        )
+        weights = np.zeros(len(rows))
+        for row in labelled:
+            here = (rows[row] - centre) / scale
+            move = here - last
+            step = float(move @ move) / self.spread
+            weights[row], last = self.first if math.isnan(step) else min(1.0, step), here
         return weights, last
 
     def rollback(self, n: int = 1) -> int:
@@ -294,7 +293,7 @@ class ModelAverage(nn.Module):
         opened = Evidence(*[(1.0 - fraction) * old + fraction * new for old, new in zip(now, start, strict=True)])
         with signals_deferred():
             self.head.reopen(fraction)
-            replace_buffers(self._buffers, self._as_buffers(opened, self.last))
+            replace_buffers(self._buffers, self._as_buffers(opened, self.last.cpu().numpy()))
             self._history.clear()
 
     def forget(self, factor: float) -> None:
@@ -325,7 +324,7 @@ class ModelAverage(nn.Module):
         Variances are squared scales of Student's t distributions with ``predictive_dof`` degrees of freedom.
         """
         evidence, scale = self.evidence, self._scale()
-        means, own = self._each(_as_tensor(features))
+        means, own = self._each(features)
         parts = _mixture(evidence, means, own, self.ratios)
         mean, epistemic, aleatoric = (torch.from_numpy(part).to(self.log_shares) for part in parts)
         unit = torch.from_numpy(scale).to(mean)
@@ -333,7 +332,7 @@ class ModelAverage(nn.Module):
 
     def epistemic_variance(self, features: Rows) -> Tensor:
         """Variance of each output from the weights, ``(B, o)``, in units of ``target_scale`` squared."""
-        means, own = self._each(_as_tensor(features))
+        means, own = self._each(features)
         return torch.from_numpy(_mixture(self.evidence, means, own, self.ratios)[1]).to(self.log_shares)
 
     @property
@@ -382,25 +381,22 @@ class ModelAverage(nn.Module):
         scale: Array = self.target_scale.cpu().numpy()
         return scale
 
-    def _each(self, rows: Tensor) -> tuple[Array, Array]:
+    def _each(self, rows: Rows) -> tuple[Array, Array]:
         """Means and epistemic variances of each model ``(B, k, o)``, in units of ``target_scale`` and of the scale."""
-        prediction, scale = self.head.predict(rows), self._scale()
-        shape = len(rows), self.models, self.out_features
-        means = prediction.mean.view(shape).cpu().numpy() / scale
-        own = prediction.epistemic_variance.reshape(shape).cpu().numpy() / scale**2
-        return means, own
+        means, own = self.head.predict_each(rows)
+        shape = len(means), self.models, self.out_features
+        return means.reshape(shape), own.reshape(shape)
 
     def _start(self) -> Evidence:
         shape = self.models, self.out_features
         return Evidence(np.log(self.start_shares), np.full(shape, START_DOF), np.full(self.out_features, START_DOF))
 
-    def _nothing(self) -> Tensor:
-        return torch.full_like(self.head.feature_mean, math.nan)
+    def _nothing(self) -> Array:
+        return np.full(self.in_features, math.nan)
 
-    def _as_buffers(self, evidence: Evidence, last: Tensor) -> dict[str, Tensor]:
-        names, like = ("log_shares", "misfit", "dof"), self.head.mean
-        found = {name: torch.from_numpy(part.copy()).to(like) for name, part in zip(names, evidence, strict=True)}
-        return found | {"last": last.clone()}
+    def _as_buffers(self, evidence: Evidence, last: Array) -> dict[str, Tensor]:
+        parts = zip(("log_shares", "misfit", "dof", "last"), (*evidence, last), strict=True)
+        return {name: torch.from_numpy(part).to(self.head.mean.device) for name, part in parts}
 
 
 def _mixture(evidence: Evidence, means: Array, own: Array, ratios: Array) -> tuple[Array, Array, Array]:
@@ -409,7 +405,3 @@ def _mixture(evidence: Evidence, means: Array, own: Array, ratios: Array) -> tup
     mean = (shares * means).sum(axis=1)
     epistemic = (shares * (own * evidence.scale + (means - mean[:, None]) ** 2)).sum(axis=1)
     return mean, epistemic, (shares * evidence.scale * ratios).sum(axis=0)
-
-
-def _as_tensor(values: Any) -> Tensor:
-    return values.detach() if isinstance(values, Tensor) else torch.as_tensor(checks.as_array(values))
