@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kbt_rl.agents.teachers import Teacher
     from kbt_rl.agents.warm_start import WarmStart
     from kbt_rl.callbacks import KalmanAdapter, OnlineAdapter
-    from kbt_rl.envs import InvertedPendulumParams
+    from kbt_rl.envs import DynamicsShift, InvertedPendulumParams
     from kbt_rl.inference.batch import HeadBatch
     from kbt_rl.inference.config import HeadConfig
     from kbt_rl.inference.head import BayesianHead
@@ -41,6 +41,7 @@ __all__ = [
     "BayesianHead",
     "DecisionTransformerConfig",
     "DecisionTransformerPolicy",
+    "DynamicsShift",
     "Fallback",
     "HeadBatch",
     "HeadConfig",
@@ -63,6 +64,7 @@ _MODULE_OF = {
     "BayesianHead": "kbt_rl.inference.head",
     "DecisionTransformerConfig": "kbt_rl.models.decision_transformer",
     "DecisionTransformerPolicy": "kbt_rl.agents.policies",
+    "DynamicsShift": "kbt_rl.envs",
     "Fallback": "kbt_rl.agents.fallback",
     "HeadBatch": "kbt_rl.inference.batch",
     "HeadConfig": "kbt_rl.inference.config",

@@ -1,4 +1,4 @@
-"""Gymnasium environments: the inverted pendulum, alone and vectorised. Imports numpy and gymnasium only."""
+"""Gymnasium environments: the inverted pendulum, alone and vectorised; shifts of others. No heavy imports."""
 
 from kbt_rl.envs.discrete import (
     FIVE_FORCES,
@@ -6,6 +6,7 @@ from kbt_rl.envs.discrete import (
     DiscreteInvertedPendulumEnv,
     DiscreteInvertedPendulumVectorEnv,
 )
+from kbt_rl.envs.dynamics_shift import DynamicsShift
 from kbt_rl.envs.inverted_pendulum import InvertedPendulumEnv
 from kbt_rl.envs.plant import (
     DT,
@@ -39,6 +40,7 @@ __all__ = [
     "TWO_FORCES",
     "DiscreteInvertedPendulumEnv",
     "DiscreteInvertedPendulumVectorEnv",
+    "DynamicsShift",
     "InvertedPendulumEnv",
     "InvertedPendulumParams",
     "InvertedPendulumVectorEnv",

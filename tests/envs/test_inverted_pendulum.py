@@ -10,6 +10,7 @@ from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
@@ -150,7 +151,6 @@ def test_cartpole_of_gymnasium_has_the_same_accelerations() -> None:
 
 @pytest.mark.parametrize("params", [NOMINAL, SHIFTED])
 def test_mujoco_has_the_same_accelerations(params: InvertedPendulumParams) -> None:
-    mujoco = pytest.importorskip("mujoco")
     length, mass = params.pole_half_length, params.pole_mass
     across = mass * params.pole_length**2 / 12
     model = mujoco.MjModel.from_xml_string(
