@@ -169,35 +169,46 @@ class Squashed(ActionLink):
 class Scores(ActionLink):
     """One output an action, of which the largest decides: logits of PPO and A2C, values of DQN and QR-DQN.
 
-    A label that is an action says that its score should exceed the others by a margin; where it does, there is nothing
-    to learn.
+    With ``MultiDiscrete`` actions each entry has scores of its own. A label that is an action says that its score
+    should exceed the others by a margin; where it does, there is nothing to learn.
     """
 
     kinds = ("action", "output", "probabilities")
 
-    def __init__(self, space: spaces.Discrete) -> None:
-        super().__init__(space, int(space.n))
-        self.first = int(space.start)
+    def __init__(self, space: spaces.Discrete | spaces.MultiDiscrete) -> None:
+        sizes, starts = (space.n, space.start) if isinstance(space, spaces.Discrete) else (space.nvec, space.start)
+        self.sizes, self.starts = np.ravel(sizes).astype(int), np.ravel(starts).astype(int)
+        super().__init__(space, int(self.sizes.sum()))
+        ends = self.sizes.cumsum()
+        self._groups = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
 
     def decide(self, outputs: Array, masks: Array | None = None) -> Array:
         """See ``ActionLink``."""
         scores = outputs.astype(np.float32)
         if masks is not None:
             scores = np.where(np.asarray(masks, dtype=bool).reshape(scores.shape), scores, -np.inf)
-        actions: Array = self.first + scores.argmax(axis=-1)
+        chosen = np.stack([scores[:, group].argmax(axis=1) for group in self._groups], axis=1)
+        actions: Array = (self.starts + chosen).reshape(self._action_shape(len(outputs)))
         return actions
 
     def targets(self, actions: Array, outputs: Array, units: Array) -> npt.NDArray[np.float64]:
         """See ``ActionLink``; the score of the label's action and its rival's move, half the way each."""
-        rows = np.arange(len(outputs))
-        known = ~np.isnan(actions.reshape(-1)) if actions.dtype.kind == "f" else np.ones(len(outputs), dtype=bool)
-        chosen = self._indices(np.where(known, actions.reshape(-1), self.first))
-        others = outputs.astype(np.float64).copy()
+        found, labels = np.full(outputs.shape, np.nan), actions.reshape(len(outputs), -1)
+        for entry, group in enumerate(self._groups):
+            found[:, group] = self._passing(labels[:, entry], outputs[:, group], float(units[group][0]), entry)
+        return found
+
+    def _passing(self, actions: Array, scores: Array, unit: float, entry: int) -> Array:
+        """What the scores ``(n, size)`` of one entry should be, given its label ``(n,)``."""
+        rows = np.arange(len(scores))
+        known = ~np.isnan(actions) if actions.dtype.kind == "f" else np.ones(len(rows), dtype=bool)
+        chosen = self._indices(np.where(known, actions, self.starts[entry]), entry)
+        others = scores.astype(np.float64).copy()
         own = others[rows, chosen].copy()
         others[rows, chosen] = -np.inf
         rival = others.argmax(axis=1)
-        short = np.maximum(others[rows, rival] + SCORE_MARGIN * units[chosen] - own, 0.0)
-        found = np.full(outputs.shape, np.nan)
+        short = np.maximum(others[rows, rival] + SCORE_MARGIN * unit - own, 0.0)
+        found = np.full(scores.shape, np.nan)
         moved = (short > 0.0) & known
         found[rows[moved], chosen[moved]] = (own + 0.5 * short)[moved]
         found[rows[moved], rival[moved]] = (others[rows, rival] - 0.5 * short)[moved]
@@ -205,28 +216,63 @@ class Scores(ActionLink):
 
     def from_outputs(self, labels: Array, outputs: Array) -> npt.NDArray[np.float64]:
         """See ``ActionLink``; what all scores have in common decides nothing, and is left as it is."""
-        aligned: Array = labels + (outputs - labels).mean(axis=1, keepdims=True)
+        aligned: npt.NDArray[np.float64] = labels.copy()
+        for group in self._groups:
+            aligned[:, group] += (outputs - labels)[:, group].mean(axis=1, keepdims=True)
         return aligned
 
     def units(self, outputs: Array | None) -> npt.NDArray[np.float64]:
-        """See ``ActionLink``; one for all, since scores are compared."""
-        return np.full(self.outputs, float(np.sqrt(np.mean(_spread(outputs, self.outputs) ** 2))))
+        """See ``ActionLink``; one for all of an entry, since its scores are compared."""
+        spread = _spread(outputs, self.outputs) ** 2
+        return np.concatenate([np.full(part.stop - part.start, spread[part].mean() ** 0.5) for part in self._groups])
 
-    def _indices(self, actions: Array) -> npt.NDArray[np.intp]:
-        index = actions - self.first
-        if (index != np.round(index)).any() or ((index < 0) | (index >= self.outputs)).any():
+    def _indices(self, actions: Array, entry: int) -> npt.NDArray[np.intp]:
+        first, size = self.starts[entry], self.sizes[entry]
+        index = actions - first
+        if (index != np.round(index)).any() or ((index < 0) | (index >= size)).any():
             raise ValueError(
-                f"actions {actions!r} are not among the whole numbers {self.first} to {self.first + self.outputs - 1}; "
-                "pass kind='output' for scores, kind='probabilities' for a distribution"
+                f"actions {actions!r} are not among the whole numbers {first} to {first + size - 1}; pass "
+                "kind='output' for scores, kind='probabilities' for a distribution"
             )
-        return index.astype(np.intp)
+        whole: npt.NDArray[np.intp] = index.astype(np.intp)
+        return whole
 
     def _from_probabilities(self, rows: Array) -> Array:
         given = ~np.isnan(rows).any(axis=1)
-        if (rows[given] < 0.0).any() or (np.abs(rows[given].sum(axis=1) - 1.0) > 1e-4).any():
-            raise ValueError(f"the label {rows[given][0]} is no distribution over {self.outputs} actions")
+        for size, group in zip(self.sizes, self._groups, strict=True):
+            wrong = (rows[:, group] < 0.0).any(axis=1) | (np.abs(rows[:, group].sum(axis=1) - 1.0) > 1e-4)
+            if (wrong & given).any():
+                raise ValueError(f"the label {rows[wrong & given][0][group]} is no distribution over {size} actions")
         logs: Array = np.log(np.maximum(rows, SMALLEST_PROBABILITY))
         return logs
+
+
+class Switches(ActionLink):
+    """One output a switch, which is on where it is positive: logits of ``MultiBinary`` actions.
+
+    A label says that the output should be on its side of 0 by a margin; where it is, there is nothing to learn.
+    """
+
+    def __init__(self, space: spaces.MultiBinary) -> None:
+        super().__init__(space, int(np.prod(space.shape)))
+
+    def decide(self, outputs: Array, masks: Array | None = None) -> Array:
+        """See ``ActionLink``."""
+        actions: Array = (outputs > 0.0).astype(np.float32).reshape(self._action_shape(len(outputs)))
+        return actions
+
+    def targets(self, actions: Array, outputs: Array, units: Array) -> npt.NDArray[np.float64]:
+        """See ``ActionLink``."""
+        labels = actions.reshape(len(outputs), -1).astype(np.float64)
+        if (~np.isnan(labels) & (labels != 0.0) & (labels != 1.0)).any():
+            raise ValueError(f"the label {actions!r} is neither 0 nor 1 everywhere; pass kind='output' for logits")
+        wanted = np.where(labels > 0.0, 1.0, -1.0) * SCORE_MARGIN * units
+        there = np.isnan(labels) | (outputs * np.sign(wanted) >= np.abs(wanted))
+        return np.where(there, np.nan, wanted)
+
+    def units(self, outputs: Array | None) -> npt.NDArray[np.float64]:
+        """See ``ActionLink``."""
+        return _spread(outputs, self.outputs)
 
 
 def _spread(outputs: Array | None, count: int) -> npt.NDArray[np.float64]:
@@ -243,8 +289,10 @@ def link_for(space: spaces.Space[Any], squashed: bool, limit: float | None = Non
     Raises:
         ValueError: There is none for such actions.
     """
-    if isinstance(space, spaces.Discrete):
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
         return Scores(space)
+    if isinstance(space, spaces.MultiBinary):
+        return Switches(space)
     if isinstance(space, spaces.Box):
         return Squashed(space, limit) if squashed else Clipped(space)
-    raise ValueError(f"the action space is {space}; adapt() serves Box and Discrete actions")
+    raise ValueError(f"the action space is {space}; adapt() serves all that SB3 does")

@@ -64,6 +64,8 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "PPO dict": lambda: PPO("MultiInputPolicy", Arms(DICT, TWO), n_steps=64, seed=0),
     "PPO images": lambda: PPO("CnnPolicy", Arms(IMAGE, THREE), n_steps=64, seed=0),
     "PPO without hidden layers": lambda: PPO("MlpPolicy", PENDULUM, policy_kwargs={"net_arch": []}, seed=0),
+    "PPO several actions": lambda: PPO("MlpPolicy", Arms(FLAT, spaces.MultiDiscrete([2, 3])), n_steps=64, seed=0),
+    "PPO switches": lambda: PPO("MlpPolicy", Arms(FLAT, spaces.MultiBinary(3)), n_steps=64, seed=0),
     "A2C": lambda: A2C("MlpPolicy", CARTPOLE, seed=0),
     "SAC": lambda: SAC("MlpPolicy", PENDULUM, seed=0),
     "SAC gSDE": lambda: SAC("MlpPolicy", PENDULUM, use_sde=True, seed=0),
@@ -99,6 +101,14 @@ def adapted(model: Any, **settings: Any) -> AdaptedPolicy:
     return adapt(model, states=observations(model, 40), **settings)
 
 
+def other_than(actions: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
+    """Labels that a policy does not follow yet."""
+    if isinstance(space, spaces.Box):
+        return np.where(actions > 0.0, -0.25, 0.25)
+    sizes = {spaces.Discrete: "n", spaces.MultiDiscrete: "nvec"}.get(type(space))
+    return (actions + 1) % (2 if sizes is None else getattr(space, sizes))  # type: ignore[no-any-return]
+
+
 def stochastic(policy: Any, rows: Any) -> np.ndarray:
     torch.manual_seed(7)
     found: np.ndarray = policy.predict(rows, deterministic=False)[0]
@@ -128,8 +138,7 @@ def test_every_algorithm_learns_a_label_and_leaves_the_model_alone(name: str) ->
     expected = model.policy.predict(rows, deterministic=True)[0]
     policy = adapted(model, history=100)
     before = policy.predict(rows, deterministic=True)[0]
-    discrete = isinstance(policy.action_space, spaces.Discrete)
-    wanted = (before + 1) % policy.action_space.n if discrete else np.where(before > 0.0, -0.25, 0.25)  # type: ignore[attr-defined]
+    wanted = other_than(before, policy.action_space)
     deviation = policy.epistemic_std(None)
     for _ in range(20):
         policy.predict(rows, deterministic=True)

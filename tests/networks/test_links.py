@@ -10,10 +10,10 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbt_rl.networks.links import SCORE_MARGIN, ActionLink, Clipped, LabelKind, Scores, Squashed, link_for
+from kbt_rl.networks.links import SCORE_MARGIN, ActionLink, Clipped, LabelKind, Scores, Squashed, Switches, link_for
 
 BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
-UNITS = np.ones(2)
+TWO = spaces.Discrete(2)
 
 
 def label(link: ActionLink, value: Any, outputs: Any, kind: LabelKind = "action", units: Any = None) -> np.ndarray:
@@ -115,5 +115,29 @@ def test_what_is_no_label_is_refused(link: ActionLink, value: Any, kind: LabelKi
 
 
 def test_actions_without_a_link_are_refused() -> None:
-    with pytest.raises(ValueError, match="serves Box and Discrete actions"):
-        link_for(spaces.MultiBinary(3), squashed=False)
+    with pytest.raises(ValueError, match="serves all that SB3 does"):
+        link_for(spaces.Dict({"a": TWO}), squashed=False)
+
+
+def test_entries_of_multi_discrete_actions_have_scores_of_their_own() -> None:
+    link = Scores(spaces.MultiDiscrete([2, 3], start=[0, 5]))
+    outputs = np.array([[0.0, 1.0, 3.0, 2.0, 1.0]])
+    np.testing.assert_array_equal(link.decide(outputs), [[1, 5]])
+    np.testing.assert_array_equal(link.decide(outputs, np.array([[1, 0, 0, 1, 1]])), [[0, 6]])
+    found = label(link, [[1, 6]], outputs)
+    np.testing.assert_array_equal(np.isnan(found), [[True, True, False, False, True]])
+    assert found[0, 3] - found[0, 2] == pytest.approx(SCORE_MARGIN)
+    found = label(link, [[0.5, 0.5, 0.2, 0.2, 0.6]], outputs, "probabilities")
+    assert found[0, 0] == pytest.approx(found[0, 1]) == pytest.approx(0.5)
+    assert found[0, 4] - found[0, 2] == pytest.approx(np.log(3.0))
+    assert found[0, 2:].mean() == pytest.approx(2.0)
+
+
+def test_switches_are_on_where_their_output_is_positive() -> None:
+    link = Switches(spaces.MultiBinary(3))
+    outputs = np.array([[0.5, -2.0, 0.5]])
+    np.testing.assert_array_equal(link.decide(outputs), [[1, 0, 1]])
+    np.testing.assert_array_equal(label(link, [1, 0, 0], outputs), [[1.0, np.nan, -1.0]])
+    np.testing.assert_array_equal(label(link, [[np.nan, 1, 1]], outputs), [[np.nan, 1.0, 1.0]])
+    with pytest.raises(ValueError, match="neither 0 nor 1"):
+        label(link, [2, 0, 0], outputs)
