@@ -14,9 +14,11 @@ differs from the one before says hardly anything new, so that its evidence count
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,12 +27,12 @@ import torch
 from scipy.special import gammaln
 from torch import Tensor, nn
 
-from kbt_rl.inference import checks
+from kbt_rl.inference import checks, loading
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.prediction import Prediction
-from kbt_rl.inference.transactions import replace_buffers, signals_deferred
+from kbt_rl.inference.transactions import register_writer, replace_buffers, signals_deferred
 from kbt_rl.inference.types import Rows, UpdateInfo
 
 # Ratios of label noise to prior variance, and what each is trusted before any label: labels that follow each other in
@@ -128,6 +130,8 @@ class ModelAverage(nn.Module):
         history: int = 0,
     ) -> None:
         super().__init__()
+        self._lock = threading.RLock()  # as in ``Posterior``
+        register_writer(self)
         positive = all(0.0 < value < math.inf for value in (*ratios, *shares))
         if len(ratios) != len(shares) or len(ratios) == 0 or not positive:
             raise ValueError(f"ratios are {ratios} and shares {shares}; as many of each, positive and finite")
@@ -176,18 +180,22 @@ class ModelAverage(nn.Module):
             raise ValueError(f"spread is {spread}; a sum of variances is positive and finite")
         scale = checks.positive("target_scale", target_scale, (self.out_features,), self.head.mean)
         noise = torch.from_numpy(self.ratios).to(scale) * scale.square()
-        self.head.reset(
-            weight.repeat(self.models, 1),
-            bias.repeat(self.models),
-            feature_mean=feature_mean,
-            feature_scale=feature_scale,
-            target_scale=scale.repeat(self.models),
-        )
-        self.head.set_noise(torch.diag(noise.flatten()))
-        with signals_deferred():
-            replace_buffers(self._buffers, self._as_buffers(self._start(), self._nothing()))
-            self.spread = float(self.in_features) if spread is None else spread
-            self._history.clear()
+        evidence = self._as_buffers(self._start(), self._nothing())
+        with self._lock:
+            started = copy.deepcopy(self.head)  # two changes, of which the second may fail
+            started.reset(
+                weight.repeat(self.models, 1),
+                bias.repeat(self.models),
+                feature_mean=feature_mean,
+                feature_scale=feature_scale,
+                target_scale=scale.repeat(self.models),
+            )
+            started.set_noise(torch.diag(noise.flatten()))
+            with signals_deferred():
+                self.head.load_state_dict(started.state_dict())
+                replace_buffers(self._buffers, evidence)
+                self.spread = float(self.in_features) if spread is None else spread
+                self._history.clear()
 
     # ------------------------------------------------------------------ learning
 
@@ -213,6 +221,10 @@ class ModelAverage(nn.Module):
         given = labels == labels
         if not given.any():
             return UpdateInfo.without_labels()
+        with self._lock:
+            return self._learn(rows, labels, given)
+
+    def _learn(self, rows: Array, labels: Array, given: Mask) -> UpdateInfo:
         own_labels = np.tile(labels, self.models)
         with np.errstate(all="ignore"):
             evidence, last, info = self._plan(rows, labels, given)
@@ -275,7 +287,7 @@ class ModelAverage(nn.Module):
 
     def rollback(self, n: int = 1) -> int:
         """See ``BayesianHead.rollback``."""
-        with signals_deferred():
+        with self._lock, signals_deferred():
             undone = self.head.rollback(n)
             for _ in range(n):
                 before = self._history.pop()
@@ -289,9 +301,9 @@ class ModelAverage(nn.Module):
 
     def reopen(self, fraction: float = 1.0) -> None:
         """See ``BayesianHead.reopen``; the evidence goes the same way back."""
-        start, now = self._start(), self.evidence
-        opened = Evidence(*[(1.0 - fraction) * old + fraction * new for old, new in zip(now, start, strict=True)])
-        with signals_deferred():
+        with self._lock, signals_deferred():
+            start, now = self._start(), self.evidence
+            opened = Evidence(*[(1.0 - fraction) * old + fraction * new for old, new in zip(now, start, strict=True)])
             self.head.reopen(fraction)
             replace_buffers(self._buffers, self._as_buffers(opened, self.last.cpu().numpy()))
             self._history.clear()
@@ -305,7 +317,7 @@ class ModelAverage(nn.Module):
         self._loosen("process_noise", scale)
 
     def _loosen(self, forgetting: str, rate: float) -> None:
-        with signals_deferred():
+        with self._lock, signals_deferred():
             self.head.loosen(forgetting, rate)
             self._history.clear()
 
@@ -314,8 +326,9 @@ class ModelAverage(nn.Module):
     @torch.no_grad()
     def mean_outputs(self, features: Rows) -> Tensor:
         """Mean of the outputs in units of the target, ``(B, o)``."""
-        each = self.head.mean_outputs(features)
-        shares = torch.from_numpy(self.evidence.shares).to(each)
+        with self._lock:
+            each = self.head.mean_outputs(features)
+            shares = torch.from_numpy(self.evidence.shares).to(each)
         return shares @ each.view(*each.shape[:-1], self.models, self.out_features)
 
     def predict(self, features: Rows) -> Prediction:
@@ -323,8 +336,9 @@ class ModelAverage(nn.Module):
 
         Variances are squared scales of Student's t distributions with ``predictive_dof`` degrees of freedom.
         """
-        evidence, scale = self.evidence, self._scale()
-        means, own = self._each(features)
+        with self._lock:
+            evidence, scale = Evidence(*[part.copy() for part in self.evidence]), self._scale()
+            means, own = self._each(features)
         parts = _mixture(evidence, means, own, self.ratios)
         mean, epistemic, aleatoric = (torch.from_numpy(part).to(self.log_shares) for part in parts)
         unit = torch.from_numpy(scale).to(mean)
@@ -332,8 +346,9 @@ class ModelAverage(nn.Module):
 
     def epistemic_variance(self, features: Rows) -> Tensor:
         """Variance of each output from the weights, ``(B, o)``, in units of ``target_scale`` squared."""
-        means, own = self._each(features)
-        return torch.from_numpy(_mixture(self.evidence, means, own, self.ratios)[1]).to(self.log_shares)
+        with self._lock:
+            means, own = self._each(features)
+            return torch.from_numpy(_mixture(self.evidence, means, own, self.ratios)[1]).to(self.log_shares)
 
     @property
     def evidence(self) -> Evidence:
@@ -386,6 +401,28 @@ class ModelAverage(nn.Module):
         means, own = self.head.predict_each(rows)
         shape = len(means), self.models, self.out_features
         return means.reshape(shape), own.reshape(shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:  # a copy is of one moment, and has a lock and a history of its own
+            head, buffers = copy.deepcopy(self.head), {name: value.clone() for name, value in self._named_evidence()}
+        history: deque[Any] = deque(maxlen=self._history_size)
+        state = {**self.__dict__, "_buffers": buffers, "_modules": {"head": head}, "_history": history}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lock = threading.RLock()
+        register_writer(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over saved buffers, all or none."""
+        with self._lock:
+            self._history.clear()
+            return loading.load_whole(self, state_dict, strict)
+
+    def _named_evidence(self) -> list[tuple[str, Tensor]]:
+        return list(self.named_buffers(recurse=False))
 
     def _start(self) -> Evidence:
         shape = self.models, self.out_features

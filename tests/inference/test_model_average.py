@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -206,6 +209,20 @@ def test_a_saved_head_predicts_the_same_bits() -> None:
     at = randn(3, FEATURES, seed=20)
     assert torch.equal(other.mean_outputs(at), head.mean_outputs(at))
     assert torch.equal(other.predict(at).epistemic, head.predict(at).epistemic)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+def test_a_copy_moves_on_its_own(how: Callable[[ModelAverage], ModelAverage]) -> None:
+    head = average(history=2)
+    features, target = stream()
+    head.update(features, target)
+    other, before, at = how(head), bits(head), randn(3, FEATURES, seed=20)
+    assert torch.equal(other.mean_outputs(at), head.mean_outputs(at))
+    other.update(features, -target)
+    assert bits(head) == before
+    assert (head.undoable, other.undoable) == (1, 1)
+    other.rollback()
+    torch.testing.assert_close(other.mean_outputs(at), head.mean_outputs(at), rtol=1e-9, atol=1e-9)
 
 
 def test_reopening_brings_the_doubt_back() -> None:

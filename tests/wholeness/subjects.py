@@ -19,6 +19,7 @@ from kbt_rl import KBT, HeadConfig, Sample, WarmStart
 from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.linearised import LinearisedHead
+from kbt_rl.inference.model_average import ModelAverage
 from wholeness.attacks import bits
 
 FEATURES = 3
@@ -78,6 +79,18 @@ def module(learned: int = 1, **settings: Any) -> LinearisedHead:
     return subject
 
 
+def average(learned: int = 1) -> ModelAverage:
+    """A layer under several label noises."""
+    subject = ModelAverage(FEATURES, 2, history=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        linear = nn.Linear(FEATURES, 2)
+    subject.reset(linear.weight.detach(), linear.bias.detach())
+    for seed in range(learned):
+        subject.update(*rows(1, 2, seed))
+    return subject
+
+
 @cache
 def _batch(learned: int, settings: tuple[tuple[str, Any], ...]) -> HeadBatch:
     batch = HeadBatch([head(1, 0, **dict(settings))] * HEADS)
@@ -131,6 +144,11 @@ HEAD_CHANGES: dict[str, Change] = {
     "update, forgetting": Change(lambda: head(forgetting="process_noise", forgetting_rate=1e-3), update(1)),
     "update, with history": Change(with_history, update(2)),
     "update, every layer of a module": Change(module, update(3)),
+    "update, several noises": Change(average, update(3)),
+    "rollback, several noises": Change(lambda: average(2), rolled_back),
+    "reset, several noises": Change(average, lambda subject: subject.reset(torch.ones(2, FEATURES), torch.ones(2))),
+    "reopen, several noises": Change(average, lambda subject: subject.reopen(0.5)),
+    "load, several noises": Change(average, load(lambda: average(3))),
     "rollback": Change(with_history, rolled_back),
     "reset": Change(head, lambda subject: subject.reset(torch.ones(2, FEATURES), torch.ones(2))),
     "reopen": Change(lambda: head(noise="learned", structure="joint"), lambda subject: subject.reopen(0.5)),
