@@ -50,8 +50,9 @@ def are_distributions(targets: Any, tolerance: float = SUM_TOLERANCE) -> Any:
 
 def is_whole(values: Rows) -> bool:
     """Whether numbers are of an integer type."""
-    kind = np.asarray(values.cpu()).dtype.kind if isinstance(values, Tensor) else np.asarray(values).dtype.kind
-    return kind in "iu"
+    if isinstance(values, Tensor):
+        return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    return np.asarray(values).dtype.kind in "iu"
 
 
 def one_hot(classes: Tensor, count: int) -> Tensor:

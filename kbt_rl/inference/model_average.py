@@ -18,7 +18,7 @@ import copy
 import math
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,6 +143,8 @@ class ModelAverage(nn.Module):
             self.register_buffer(name, value)
         self.spread, self.first = float(in_features), first
         self._history_size = history
+        # Weights ``(d + 1, o)`` of the mixture's mean; None after a change, until they are asked for.
+        self._mean: Tensor | None = None
         self._history: deque[dict[str, Tensor]] = deque(maxlen=history)
 
     def settings(self) -> dict[str, Any]:
@@ -193,7 +195,7 @@ class ModelAverage(nn.Module):
             started.set_noise(torch.diag(noise.flatten()))
             with signals_deferred():
                 self.head.load_state_dict(started.state_dict())
-                replace_buffers(self._buffers, evidence)
+                self._replace(evidence)
                 self.spread = float(self.in_features) if spread is None else spread
                 self._history.clear()
 
@@ -240,7 +242,7 @@ class ModelAverage(nn.Module):
         buffers = self._as_buffers(evidence, last)
         with signals_deferred():
             self.head.update(rows, own_labels)
-            replace_buffers(self._buffers, buffers)
+            self._replace(buffers)
             self._history.append(kept)
         return info
 
@@ -291,7 +293,7 @@ class ModelAverage(nn.Module):
             undone = self.head.rollback(n)
             for _ in range(n):
                 before = self._history.pop()
-            replace_buffers(self._buffers, before)
+            self._replace(before)
         return undone
 
     @property
@@ -305,7 +307,7 @@ class ModelAverage(nn.Module):
             start, now = self._start(), self.evidence
             opened = Evidence(*[(1.0 - fraction) * old + fraction * new for old, new in zip(now, start, strict=True)])
             self.head.reopen(fraction)
-            replace_buffers(self._buffers, self._as_buffers(opened, self.last.cpu().numpy()))
+            self._replace(self._as_buffers(opened, self.last.cpu().numpy()))
             self._history.clear()
 
     def forget(self, factor: float) -> None:
@@ -318,6 +320,7 @@ class ModelAverage(nn.Module):
 
     def _loosen(self, forgetting: str, rate: float) -> None:
         with self._lock, signals_deferred():
+            self._mean = None
             self.head.loosen(forgetting, rate)
             self._history.clear()
 
@@ -326,10 +329,17 @@ class ModelAverage(nn.Module):
     @torch.no_grad()
     def mean_outputs(self, features: Rows) -> Tensor:
         """Mean of the outputs in units of the target, ``(B, o)``."""
+        rows = features if isinstance(features, Tensor) else torch.from_numpy(checks.as_array(features))
+        if rows.ndim == 0 or rows.shape[-1] != self.in_features:
+            raise ValueError(f"features have shape {tuple(rows.shape)}; expected (rows, {self.in_features})")
         with self._lock:
-            each = self.head.mean_outputs(features)
-            shares = torch.from_numpy(self.evidence.shares).to(each)
-        return shares @ each.view(*each.shape[:-1], self.models, self.out_features)
+            if self._mean is None:
+                shares = torch.from_numpy(self.evidence.shares).to(self.head.mean)
+                each = self.head.mean.view(self.models, self.out_features, -1)
+                self._mean = torch.einsum("k,koi->io", shares, each) * self.target_scale
+            scaled = (rows.to(self._mean) - self.head.feature_mean) / self.head.feature_scale
+            flat = torch.addmm(self._mean[-1], scaled.reshape(-1, self.in_features), self._mean[:-1])
+            return flat.view(*rows.shape[:-1], self.out_features)
 
     def predict(self, features: Rows) -> Prediction:
         """Distribution of the target for each row of ``features`` ``(B, d)``, of the mixture.
@@ -406,7 +416,7 @@ class ModelAverage(nn.Module):
         with self._lock:  # a copy is of one moment, and has a lock and a history of its own
             head, buffers = copy.deepcopy(self.head), {name: value.clone() for name, value in self._named_evidence()}
         history: deque[Any] = deque(maxlen=self._history_size)
-        state = {**self.__dict__, "_buffers": buffers, "_modules": {"head": head}, "_history": history}
+        state = {**self.__dict__, "_buffers": buffers, "_modules": {"head": head}, "_history": history, "_mean": None}
         del state["_lock"]
         return state
 
@@ -418,8 +428,26 @@ class ModelAverage(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over saved buffers, all or none."""
         with self._lock:
+            self._mean = None
             self._history.clear()
             return loading.load_whole(self, state_dict, strict)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._mean = None
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModelAverage:
+        """Follow a change of device, but never of dtype, as the head inside does."""
+        with self._lock:
+            self._mean = None
+            self.head._apply(fn)
+            self._buffers.update({name: checks.moved(one, fn(one).device) for name, one in self._named_evidence()})
+        return self
+
+    def _replace(self, new: Mapping[str, Tensor]) -> None:
+        """Take over the evidence after the head has changed; cannot fail."""
+        self._mean = None
+        replace_buffers(self._buffers, new)
 
     def _named_evidence(self) -> list[tuple[str, Tensor]]:
         return list(self.named_buffers(recurse=False))

@@ -203,6 +203,18 @@ def test_softmax_targets_must_be_distributions(row: list[float], kind: str, rows
     assert_untouched(head, before)
 
 
+@pytest.mark.parametrize("kind", [name for name in HEADS if "classes" in name])
+@pytest.mark.parametrize("target", [torch.ones(1, requires_grad=True), torch.ones(1, dtype=torch.bfloat16)])
+def test_numbers_in_the_place_of_classes_are_refused_by_their_shape(kind: str, target: torch.Tensor) -> None:
+    """Found by the random streams of tests/inference/test_transactions.py: PyTorch's own error came through."""
+    outputs, config = HEADS[kind]
+    head = make_head(outputs, **config)
+    before = snapshot(head)
+    with pytest.raises(ValueError, match=r"target has shape \(1,\)"):
+        head.update(randn(1, 3, seed=4), target)
+    assert_untouched(head, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("classes", [3, 64])
 def test_distributions_of_any_precision_are_accepted(dtype: torch.dtype, classes: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import linear, randn
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 from wholeness.attacks import bits
 
 from kbt_rl.inference.errors import UpdateError
@@ -92,6 +92,30 @@ def test_the_mean_is_that_of_ridge_regressions_weighted_by_the_evidence() -> Non
     expected = (shares[:, None, None] * torch.stack(each)).sum(0)
     torch.testing.assert_close(head.mean_outputs(at), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(head.predict(at).mean, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_mean_follows_every_change() -> None:
+    """It is kept from call to call."""
+    head, at = average(history=3), randn(3, FEATURES, seed=20)
+    features, target = stream()
+    saved = copy.deepcopy(head).state_dict()
+    changes: list[Callable[[], object]] = [
+        lambda: head.update(features, target),
+        lambda: head.rollback(),
+        lambda: head.update(features[:3], target[:3]),
+        lambda: head.reopen(0.5),
+        lambda: head.add_process_noise(0.1),
+        lambda: head.forget(0.9),
+        lambda: head.update(features[3:6], target[3:6]),
+        lambda: head.load_state_dict(saved),
+        lambda: nn.Sequential(head).load_state_dict({f"0.{name}": value for name, value in saved.items()}),
+        lambda: head.reset(torch.ones(OUTPUTS, FEATURES), torch.zeros(OUTPUTS)),
+    ]
+    for change in changes:
+        head.mean_outputs(at)
+        change()
+        torch.testing.assert_close(head.mean_outputs(at), head.predict(at).mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(head.mean_outputs(at[0]), head.predict(at).mean[0], rtol=1e-12, atol=1e-12)
 
 
 def test_the_predicted_variance_is_that_of_the_mixture() -> None:
