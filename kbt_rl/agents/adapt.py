@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 from torch import nn
 
 from kbt_rl.agents.adapted_policy import AdaptedPolicy
@@ -19,7 +19,7 @@ from kbt_rl.agents.tapped_policy import Head, Start
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.model_average import ModelAverage
-from kbt_rl.networks.base import Call, Network, Observation
+from kbt_rl.networks.base import Call, Network, Observation, finite
 from kbt_rl.networks.normaliser import Normaliser
 from kbt_rl.networks.registry import network_of
 from kbt_rl.networks.tap import Tap
@@ -47,8 +47,9 @@ def adapt(
 
     Args:
         model: An SB3 or sb3-contrib model or policy, or a module from observations to outputs ``(n, o)``.
-        states: Observations that the policy was trained on ``(n, ...)``, some hundreds, or an environment to collect
-            them in; what the head sees is put into units by them. Without them features keep the network's units.
+        states: Observations that the policy was trained on ``(n, ...)``, some hundreds, or an environment (a ``VecEnv``
+            where the policy needs one) to collect 1,000 in; what the head sees is put into units by them. Without them
+            features keep the network's units.
         head: One layer with a noise that you state; by default the noise is found out, see ``ModelAverage``.
         skip: What the head sees besides the last hidden layer: the first ``hidden`` one and the observation, the
             ``observation`` alone, or ``none``. Their weights start at 0, so that nothing changes before the first
@@ -104,6 +105,11 @@ def _head(network: Network, width: int, config: HeadConfig | None, variance: flo
     outputs = network.link.outputs
     if config is None:
         return ModelAverage(width, outputs, variance, history=history)
+    if config.link != "identity":
+        raise ValueError(
+            f"rule {config.rule!r} has a {config.link} link, and adapt() learns scores of discrete actions as numbers; "
+            "use rule='measure'"
+        )
     if config.layers != 1 and config.last_variance is None:
         return BayesianHead(width, outputs, replace(config, history=history or config.history))
     given = variance if config.last_variance is None else config.last_variance
@@ -127,6 +133,8 @@ def _start(network: Network, tap: Tap, states: Observation) -> tuple[Start, floa
         scales.append(torch.maximum(part, DEAD * usual) if usual > 0.0 else torch.ones_like(part))
     scale = torch.cat(scales)
     scaled = ((features - mean) / scale).square().sum(1).mean()
+    if not scaled > 0.0:
+        raise ValueError("all states look the same to the network; pass observations of several episodes")
     weight, bias = network.start()
     own = features[:, : weight.shape[1]].to(weight) @ weight.mT + bias
     units = torch.from_numpy(network.link.units(own.cpu().numpy()))
@@ -135,27 +143,27 @@ def _start(network: Network, tap: Tap, states: Observation) -> tuple[Start, floa
 
 def _nominal(network: Network, states: Any, normaliser: Normaliser | None) -> Observation:
     """Observations ``(n, ...)`` as the network takes them."""
-    if isinstance(states, VecEnv):
-        raise TypeError("states is a VecEnv; pass one Gymnasium environment, or an array of observations")
-    if isinstance(states, gym.Env):
+    if isinstance(states, (gym.Env, VecEnv)):
         return _collected(network, states, normaliser)
     array: Any = {name: np.asarray(value) for name, value in states.items()} if isinstance(states, dict) else states
-    nominal: Observation = array if normaliser is None else normaliser(array)
+    nominal: Observation = finite(array if normaliser is None else normaliser(array))
     return nominal
 
 
-def _collected(network: Network, env: gym.Env[Any, Any], normaliser: Normaliser | None) -> Observation:
+def _collected(network: Network, env: gym.Env[Any, Any] | VecEnv, normaliser: Normaliser | None) -> Observation:
     """Observations of the policy's own episodes in its nominal environment."""
+    envs = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
+    normalised = unwrap_vec_normalize(envs)
+    if normalised is not None and normalised.norm_obs:
+        raise ValueError("states is an environment that normalises its observations; pass the one inside it (venv)")
+    envs.seed(0)
+    observation: Any = envs.reset()
     seen: list[Any] = []
-    observation, _ = env.reset(seed=0)
-    state, start = None, np.ones(1, dtype=bool)
-    while len(seen) < NOMINAL_STEPS:
+    state, start = None, np.ones(envs.num_envs, dtype=bool)
+    while len(seen) * envs.num_envs < NOMINAL_STEPS:
         seen.append(observation if normaliser is None else normaliser(observation))
-        action, state = network.run(Call(seen[-1], state, start))
-        observation, _, terminated, truncated, _ = env.step(action)
-        start = np.array([terminated or truncated])
-        if start[0]:
-            observation, _ = env.reset()
+        actions, state = network.run(Call(seen[-1], state, start))
+        observation, _, start, _ = envs.step(actions)
     if isinstance(seen[0], dict):
-        return {name: np.stack([one[name] for one in seen]) for name in seen[0]}
-    return np.stack(seen)
+        return {name: np.concatenate([one[name] for one in seen]) for name in seen[0]}
+    return np.concatenate(seen)

@@ -21,7 +21,7 @@ from kbt_rl.agents.moments import ActionMoments
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.model_average import ModelAverage
 from kbt_rl.inference.types import UpdateInfo
-from kbt_rl.networks.base import Array, Call, Network, Observation, State
+from kbt_rl.networks.base import Array, Call, Network, Observation, State, finite
 from kbt_rl.networks.links import LabelKind
 from kbt_rl.networks.normaliser import Normaliser
 from kbt_rl.networks.tap import Tap
@@ -286,7 +286,7 @@ class TappedPolicy:
         return self.network.replaced(output, self.head.mean_outputs(features))
 
     def _normalised(self, observation: Any) -> Any:
-        return observation if self.normaliser is None else self.normaliser(observation)
+        return finite(observation if self.normaliser is None else self.normaliser(observation))
 
     def _deviation(self, features: Tensor) -> Array:
         variance = self.head.epistemic_variance(features)

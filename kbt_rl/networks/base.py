@@ -124,6 +124,20 @@ class Network(ABC):
         return digest.hexdigest()
 
 
+def finite(observation: Any) -> Any:
+    """Observations, of which a network must not make an action if they are NaN or infinite.
+
+    Raises:
+        ValueError: They are.
+    """
+    parts = observation.items() if isinstance(observation, dict) else [("observation", observation)]
+    for name, values in parts:
+        array = np.asarray(values)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinity: {array[~np.isfinite(array)][:3]}; check the sensor")
+    return observation
+
+
 def linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The linear layers of a module with their names, in the order of their registration."""
     return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]

@@ -19,7 +19,7 @@ from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from torch import nn
 
 from kbt_rl import AdaptedPolicy, Fallback, HeadConfig, KalmanAdapter, Teacher, adapt
@@ -198,6 +198,35 @@ def test_nominal_states_are_collected_in_an_environment() -> None:
     assert float(policy.start_units.feature_scale.min()) > 0.0
 
 
+def test_a_policy_of_stacked_frames_collects_its_states_in_the_vector_environment() -> None:
+    envs = VecFrameStack(make_vec_env(PENDULUM, 2), 3)
+    model = PPO("MlpPolicy", envs, n_steps=64, seed=0)
+    policy = adapt(model, states=envs)
+    rows = envs.reset()
+    assert rows.shape == (2, 9)
+    expected = model.predict(rows, deterministic=True)[0]
+    np.testing.assert_allclose(policy.predict(rows, deterministic=True)[0], expected, atol=1e-6)
+    policy.learn(envs, 40, KalmanAdapter(PPO("MlpPolicy", envs, n_steps=64, seed=1)))
+    assert policy.head.labels_seen == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"states": np.zeros((5, 3), np.float32)}, "all states look the same"),
+        ({"states": np.zeros((1, 3), np.float32)}, "at least 2 are needed"),
+        ({"states": np.full((5, 3), np.nan, np.float32)}, "observation holds NaN or infinity"),
+        ({"states": np.eye(3, dtype=np.float32), "skip": "all"}, "skip is 'all'"),
+        ({"states": np.eye(3, dtype=np.float32), "head": HeadConfig(rule="laplace")}, "use rule='measure'"),
+    ],
+)
+def test_what_cannot_be_adapted_is_said_before_anything_is_tapped(settings: dict[str, Any], message: str) -> None:
+    model = ALGORITHMS["PPO"]()
+    with pytest.raises(ValueError, match=message):
+        adapt(model, **settings)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.policy.modules())
+
+
 def test_update_without_a_prediction_and_after_detach() -> None:
     policy = adapted(ALGORITHMS["PPO"]())
     with pytest.raises(ValueError, match="there was no prediction yet"):
@@ -205,6 +234,19 @@ def test_update_without_a_prediction_and_after_detach() -> None:
     policy.detach()
     with pytest.raises(RuntimeError, match="was detached"):
         policy.predict(observations(policy.model))
+
+
+@pytest.mark.parametrize("name", ["PPO", "SAC", "DQN", "PPO dict"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_observations_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    policy = adapted(ALGORITHMS[name]())
+    rows = observations(policy.model, 2)
+    before = policy.predict(rows, deterministic=True)[0]
+    bad = {**rows, "sensor": rows["sensor"] * value} if isinstance(rows, dict) else rows * value
+    for call in (policy.predict, policy.predict_moments, lambda seen: policy.update(seen, before)):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            call(bad)
+    np.testing.assert_array_equal(policy.predict(rows, deterministic=True)[0], before)
 
 
 def test_a_recurrent_policy_is_taught_what_it_has_just_seen() -> None:
