@@ -13,7 +13,10 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.actions import action_format
+from kbt_rl.networks.normaliser import Normaliser
 
+# A bound that stands for none, as the largest float does.
+_ENDLESS = 1e9
 Array = npt.NDArray[Any]
 Expert = BasePolicy | BaseAlgorithm | Callable[[Array], Array]
 
@@ -28,8 +31,10 @@ def as_labeller(
     An expert with a method ``label`` (as ``LQRExpert``) is asked through it; other SB3 policies and algorithms through
     ``predict(deterministic=True)``; anything else is called.
 
+    One that was trained in ``VecNormalize`` sees observations as there.
+
     Raises:
-        TypeError: The expert is neither a policy nor callable.
+        TypeError: The expert is neither a policy nor callable, or it is recurrent.
         ValueError: The expert was made for other spaces.
     """
     for name, space in (("observation_space", observation_space), ("action_space", action_space)):
@@ -40,10 +45,11 @@ def as_labeller(
     if callable(label):
         ask: Callable[[Array], Any] = label
     elif isinstance(expert, (BasePolicy, BaseAlgorithm)):
-        policy = expert
+        policy, normaliser = expert, _normaliser(expert)
 
         def ask(observations: Array) -> Any:
-            return policy.predict(observations, deterministic=True)[0]
+            seen = observations if normaliser is None else normaliser(observations)
+            return policy.predict(seen, deterministic=True)[0]
 
     elif callable(expert):
         ask = expert
@@ -67,6 +73,18 @@ def as_labeller(
         return labels
 
     return labeller
+
+
+def _normaliser(expert: BasePolicy | BaseAlgorithm) -> Normaliser | None:
+    """What an expert's observations go through.
+
+    Raises:
+        TypeError: It is recurrent, and would have to see every observation of an episode.
+    """
+    if hasattr(expert.policy if isinstance(expert, BaseAlgorithm) else expert, "lstm_actor"):
+        raise TypeError("a recurrent expert has to see every observation of an episode, not only those to be labelled")
+    envs = expert.get_vec_normalize_env() if isinstance(expert, BaseAlgorithm) else None
+    return None if envs is None else Normaliser.of(envs)
 
 
 def env_attribute(env: VecEnv, name: str, default: Any) -> Any:
@@ -95,5 +113,6 @@ def label_space(env: VecEnv) -> spaces.Box | None:
         return space
     observation_space = env.observation_space
     if isinstance(observation_space, spaces.Box) and observation_space.is_bounded("both"):
-        return observation_space
+        largest = max(float(np.abs(observation_space.low).max()), float(np.abs(observation_space.high).max()))
+        return observation_space if largest < _ENDLESS else None
     return None

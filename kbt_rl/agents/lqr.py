@@ -24,6 +24,10 @@ Params = tuple[InvertedPendulumParams, ...]
 _DISCRETE_FORCE_COST = 0.1
 
 
+# Of the fastest pole, the least that the slowest must have of it.
+_SLOWEST = 1e-9
+
+
 def lqr_gain(
     params: InvertedPendulumParams, Q: npt.ArrayLike | None = None, R: npt.ArrayLike | None = None
 ) -> FloatArray:
@@ -67,7 +71,8 @@ def stabilising_gain(
         gain, _, poles = control.lqr(A, B, state_cost, force_cost)
     except (np.linalg.LinAlgError, control.ControlArgument, ValueError) as error:
         raise ValueError(f"no stabilising gain exists for {plant}: {error}") from error
-    if not (np.isfinite(gain).all() and (np.real(poles) < 0).all()):
+    # A mode that the cost does not see stays where it is: its pole is 0 but for rounding.
+    if not (np.isfinite(gain).all() and (np.real(poles) < -_SLOWEST * np.abs(poles).max()).all()):
         raise ValueError(f"the best gain for {plant} does not stabilise it: poles {poles}")
     return np.asarray(gain, dtype=np.float64)
 
@@ -130,6 +135,7 @@ class LQRExpert(BasePolicy):
         Returns:
             The expert. Saving one that tracks saves its current gain.
         """
+        _check_wrappers(env)
         observation_space, action_space = _single_spaces(env)
         levels = _levels(env, action_space, temperature)
         tracker = _GainTracker(env, Q, _DISCRETE_FORCE_COST if R is None and levels is not None else R)
@@ -287,6 +293,26 @@ def _single_spaces(env: AnyEnv) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
     if isinstance(env, VectorEnv):
         return env.single_observation_space, env.single_action_space
     return env.observation_space, env.action_space
+
+
+def _check_wrappers(env: AnyEnv) -> None:
+    """Raise ValueError for a wrapper by which states or actions are in other units than the plant's."""
+    from gymnasium import wrappers
+
+    changing = (wrappers.TransformAction, wrappers.TransformObservation, wrappers.NormalizeObservation)
+    if isinstance(env, VecEnv):
+        found = [kind.__name__ for kind in changing if any(env.env_is_wrapped(kind))]
+    else:
+        found, inner = [], env
+        while isinstance(inner, gym.Wrapper):
+            if isinstance(inner, changing) and not isinstance(inner, wrappers.ClipAction):
+                found.append(type(inner).__name__)
+            inner = inner.env
+    if found:
+        raise ValueError(
+            f"the environment is wrapped in {found[0]}, so that its states or actions are in other units than the "
+            "plant's; make the expert for the environment inside, and scale its labels yourself"
+        )
 
 
 def _levels(env: AnyEnv, action_space: spaces.Space[Any], temperature: float | None) -> ForceLevels | None:

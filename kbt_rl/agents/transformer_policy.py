@@ -30,6 +30,9 @@ from kbt_rl.models.decision_transformer import DecisionTransformer, DecisionTran
 Array = npt.NDArray[Any]
 Self = TypeVar("Self", bound="TransformerPolicy")
 
+# In units of the observation space: beyond, float32 layers overflow and an action would be NaN.
+LARGEST_OBSERVATION = 1e15
+
 
 class TransformerPolicy(BasePolicy):
     """A decision transformer as an SB3 policy; the baseline acts with it.
@@ -179,10 +182,12 @@ class TransformerPolicy(BasePolicy):
         assert isinstance(space, spaces.Box)
         array = np.asarray(observations, dtype=np.float32)
         self.check_size(array)
-        if not ((array >= space.low) & (array <= space.high)).all():  # NaN fails the comparison too
-            row = int(np.flatnonzero(~((array >= space.low) & (array <= space.high)).all(axis=1))[0])
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)  # as the observation is
+        inside = (array >= low) & (array <= high) & (np.abs(array) <= LARGEST_OBSERVATION)
+        if not inside.all():  # NaN fails the comparison too
+            row = int(np.flatnonzero(~inside.all(axis=1))[0])
             raise ValueError(
-                f"observation {array[row]} (row {row}) is not finite or outside the observation space "
+                f"observation {array[row]} (row {row}) is not finite, absurdly large or outside the observation space "
                 f"[{space.low}, {space.high}]; check the sensor, or widen the space"
             )
         return array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from scipy.linalg import solve_continuous_are
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 import kbt_rl  # noqa: F401  (registers the environments)
 from kbt_rl.agents import lqr
@@ -70,6 +72,30 @@ def test_gain_solves_the_riccati_equation(R: Any) -> None:
 def test_bad_costs(costs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lqr_gain(NOMINAL, **costs)
+
+
+@pytest.mark.parametrize("plant", [NOMINAL, SHIFTED])
+def test_a_cost_that_does_not_see_a_mode_has_no_gain(plant: InvertedPendulumParams) -> None:
+    """The cart's position costs nothing, so that its pole is 0 but for rounding, on either side."""
+    with pytest.raises(ValueError, match=r"does not stabilise it|no stabilising gain"):
+        lqr_gain(plant, Q=np.diag([0.0, 1.0, 1.0, 1.0]))
+    lqr_gain(plant, Q=np.diag([1e-6, 1.0, 1.0, 1.0]))  # slowly, but it comes back
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda env: gym.wrappers.RescaleAction(env, np.float32(-0.5), np.float32(0.5)),
+        lambda env: gym.wrappers.NormalizeObservation(env),
+        lambda env: gym.wrappers.TransformObservation(env, lambda seen: 2.0 * seen, env.observation_space),
+    ],
+)
+def test_wrappers_that_change_units_are_refused_by_name(wrap: Callable[[Any], gym.Env[Any, Any]]) -> None:
+    env = wrap(gym.make("kbt_rl/InvertedPendulum-v0"))
+    for subject in (env, gym.wrappers.RecordEpisodeStatistics(env), DummyVecEnv([lambda: env])):
+        with pytest.raises(ValueError, match=f"is wrapped in (Transform|{type(env).__name__})"):
+            LQRExpert.for_env(subject)
+    LQRExpert.for_env(gym.wrappers.RecordEpisodeStatistics(gym.make("kbt_rl/InvertedPendulum-v0")))
 
 
 def test_no_stabilising_gain() -> None:

@@ -176,6 +176,24 @@ NAN = np.array([0.0, np.nan, 0.0, 0.0])
 
 
 @BOTH
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e38, 1e16])
+def test_what_no_sensor_shows_is_refused_also_where_the_space_has_no_bounds(
+    kind: type[TransformerPolicy], value: float
+) -> None:
+    subject = kind(spaces.Box(-np.inf, np.inf, (2,)), spaces.Box(-1.0, 1.0, (1,)))
+    assert np.isfinite(subject.predict(np.array([1e14, -1e14]))[0]).all()
+    with pytest.raises(ValueError, match="not finite, absurdly large"):
+        subject.predict(np.array([value, 0.0]))
+
+
+@BOTH
+def test_an_observation_at_a_bound_of_a_float64_space_is_inside(kind: type[TransformerPolicy]) -> None:
+    """In float32 0.1 is a little more."""
+    subject = kind(spaces.Box(-0.1, 0.1, (2,), np.float64), spaces.Box(-1.0, 1.0, (1,)))
+    assert subject.predict(np.array([0.1, -0.1]))[0].shape == (1,)
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("observation", "message"),
     [

@@ -23,13 +23,15 @@ from learners import (
     warm_start,
     weights,
 )
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kbt_rl import KBT, KalmanAdapter, LQRExpert, OnlineAdapter
+from kbt_rl.agents.experts import as_labeller
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.envs.sb3_vec_env import InvertedPendulumSB3VecEnv
 
@@ -46,6 +48,19 @@ POSTERIOR = {
 
 def adapter(model: OnlineAlgorithm, *args: Any) -> OnlineAdapter:
     return (KalmanAdapter if isinstance(model, KBT) else OnlineAdapter)(*args)
+
+
+def test_an_expert_from_vec_normalize_sees_what_it_was_trained_on() -> None:
+    envs = VecNormalize(make_vec_env(SHIFTED, 2))
+    trained = PPO("MlpPolicy", envs, n_steps=32, seed=0).learn(64)
+    rows = states(5)
+    ask = as_labeller(trained, trained.observation_space, trained.action_space)
+    expected = trained.predict(envs.normalize_obs(rows), deterministic=True)[0]
+    np.testing.assert_array_equal(ask(rows), expected)
+    assert not np.array_equal(trained.predict(rows, deterministic=True)[0], expected)
+    recurrent = RecurrentPPO("MlpLstmPolicy", SHIFTED, n_steps=32)
+    with pytest.raises(TypeError, match="a recurrent expert has to see every observation"):
+        as_labeller(recurrent, recurrent.observation_space, recurrent.action_space)
 
 
 # ---------------------------------------------------------------------- TensorBoard
