@@ -92,6 +92,7 @@ class Adaptation(BayesianLearner):
 
     def update(self, sample: Sample) -> KBTInfo:
         """See ``OnlineAlgorithm``."""
+        self.taught = True
         features = self.policy.encode(sample.context) if sample.features is None else sample.features
         rows = np.arange(len(features)) if sample.mask is None else np.flatnonzero(sample.mask)
         target = self.policy.targets(features[rows], np.asarray(sample.target)[rows], sample.kind)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from abc import abstractmethod
 from typing import Any, ClassVar, TypeVar
 
@@ -33,6 +34,7 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
         n_steps: Environment steps between two writes of the log.
         label_every: Steps from one visited state that is labelled by default to the next; None for i.i.d. states.
         label_space: Box that labels are asked in at i.i.d. states; None where nobody knows one.
+        taught: Whether somebody was there to teach in the last ``learn``: an adapter, or a call of ``update``.
         lesson: What the model has started from; labels asked for another one are of no use.
     """
 
@@ -42,6 +44,7 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
     policy: OnlinePolicy  # type: ignore[assignment]
     n_steps: int
     label_space: spaces.Box | None
+    taught: bool = False
     # Of the observations that the policy acts on next; None before the first, and after a change of what they are from.
     _context: Context | None = None
     _features: Tensor | None = None
@@ -115,6 +118,7 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, name, progress_bar
         )
+        self.taught = False
         callback.on_training_start(locals(), globals())
         rollouts = 0
         while self.num_timesteps < total_timesteps and self._roll_out(callback, total_timesteps):
@@ -122,6 +126,11 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
             if log_interval and rollouts % log_interval == 0:
                 self.dump_logs()
         callback.on_training_end()
+        if not self.taught:
+            warnings.warn(
+                "nothing was learned: learn() acts, and a callback teaches; pass callback=KalmanAdapter(expert)",
+                stacklevel=2,
+            )
         return self
 
     def _roll_out(self, callback: BaseCallback, total_timesteps: int) -> bool:

@@ -120,6 +120,7 @@ class TransformerLearner(OnlineAlgorithm):
 
     def update(self, sample: Sample) -> LearnerInfo:
         """See ``OnlineAlgorithm``."""
+        self.taught = True
         given = labelled(self.policy, sample)
         self._check_rows(given.of)
         if len(given.rows) == 0:

@@ -93,6 +93,7 @@ class OnlineAdapter(BaseCallback):
                 self.model.check_expert(self.expert)
 
     def _on_training_start(self) -> None:
+        self.model.taught = True
         self.stream.check(self.model)
         self.query.check(self.model)
         run = self.model, self.model.lesson

@@ -376,6 +376,7 @@ def test_a_policy_from_vec_normalize_takes_raw_observations(tmp_path: Path) -> N
         )
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 def test_queries_strategies_and_fallbacks_work_for_any_policy() -> None:
     policy, teacher = adapted(ALGORITHMS["SAC"]()), teacher_of(ALGORITHMS["SAC"]())
     adapter = KalmanAdapter(teacher, query=VarianceGate(0.05), budget=30, strategy=ReopenOnDetection())

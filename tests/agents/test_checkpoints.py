@@ -107,6 +107,7 @@ def test_a_partly_filled_memory_is_saved(memory: int, tmp_path: Path) -> None:
     assert not changed(weights(second), weights(whole))
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 def test_a_closed_loop_resumes_at_the_next_episode(tmp_path: Path) -> None:
     model = longer_kbt()
     model.learn(5, callback=adapter(model, "visited"))
@@ -126,6 +127,7 @@ def test_a_model_loads_into_another_number_of_environments(tmp_path: Path) -> No
     assert loaded.labels_used == 6
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 def test_a_robot_needs_no_environment(tmp_path: Path) -> None:
     kbt().save(tmp_path / "model")
     loaded = KBT.load(tmp_path / "model")

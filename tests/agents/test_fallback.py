@@ -130,6 +130,7 @@ def test_discrete_actions() -> None:
 # ---------------------------------------------------------------------- rollouts
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 def test_a_rollout_at_limit_0_is_the_controllers() -> None:
     model = kbt(n_envs=2)
     model.set_fallback(Fallback(expert(), 0.0))

@@ -344,6 +344,7 @@ def test_labels_come_from_what_was_just_seen() -> None:
     assert model.labels_used == 20
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 def test_it_logs_what_it_has_seen() -> None:
     model, subject = kbt(n_steps=50), expert()
     seen: dict[str, Any] = {}

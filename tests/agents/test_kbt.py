@@ -169,6 +169,7 @@ def test_an_environment_without_units_has_no_error_in_newtons() -> None:
     assert info.labels == 2
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 @pytest.mark.parametrize("n_envs", [1, 2])
 def test_longer_contexts_are_cloned_from_episodes(n_envs: int) -> None:
     model = longer_kbt(make_vec_env(NOMINAL, n_envs=n_envs))
@@ -294,6 +295,7 @@ def test_every_environment_gives_a_label_a_step(n_envs: int, stream: str) -> Non
     assert model.num_timesteps == model.labels_used == int(model.policy.head.labels_seen) == 6 * n_envs
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_rollouts_act_on_the_mean(n_envs: int) -> None:
     model = longer_kbt(make_vec_env(SHIFTED, n_envs=n_envs))
@@ -320,6 +322,7 @@ def test_the_encoder_runs_once_per_observation(n_envs: int, stream: str, per_lab
     assert count.calls == steps + 1 + per_label * steps
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 @pytest.mark.parametrize("transformer", [DecisionTransformerConfig(), LONGER])
 def test_locals_hold_the_context_and_its_features(transformer: DecisionTransformerConfig) -> None:
     model = KBT(env=make_vec_env(Reach, n_envs=2), policy_kwargs={"transformer": transformer}, seed=0)
@@ -337,6 +340,7 @@ def test_locals_hold_the_context_and_its_features(transformer: DecisionTransform
     assert any(step["dones"].any() for step in recorder.steps)
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 def test_learn_stops_at_the_number_of_steps_and_continues() -> None:
     model = kbt(n_steps=4)
     assert model.learn(6) is model
@@ -350,6 +354,7 @@ def test_learn_stops_at_the_number_of_steps_and_continues() -> None:
     assert model._context.timesteps.tolist() == [2]
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 def test_new_weights_between_two_calls_of_learn_are_used() -> None:
     model = kbt()
     model.learn(3)
@@ -378,6 +383,7 @@ def test_equal_seeds_give_equal_bits(stream: str) -> None:
 # ---------------------------------------------------------------------- environments
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 @pytest.mark.parametrize("n_envs", [1, 2, 5])
 def test_set_env_takes_any_number_of_environments_and_drops_the_context(n_envs: int) -> None:
     model = longer_kbt(make_vec_env(NOMINAL, n_envs=2))

@@ -150,6 +150,7 @@ def test_each_env_of_a_rollout_teaches_its_own_posterior(
     assert model.labels_used == sum(one.labels_used for one in single) > 5
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 def test_a_rollout_acts_on_the_posterior_of_each_env() -> None:
     model = fleet()
     for sample in samples(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ def adapter(model: OnlineAlgorithm, *args: Any) -> OnlineAdapter:
     return (KalmanAdapter if isinstance(model, KBT) else OnlineAdapter)(*args)
 
 
+@LEARNERS
+def test_learning_without_a_teacher_says_so(make: Any) -> None:
+    model = make()
+    with pytest.warns(UserWarning, match="nothing was learned: learn\\(\\) acts, and a callback teaches"):
+        model.learn(2, callback=Recorder("dones"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(2, callback=adapter(model, expert()))
+
+
 def test_an_expert_from_vec_normalize_sees_what_it_was_trained_on() -> None:
     envs = VecNormalize(make_vec_env(SHIFTED, 2))
     trained = PPO("MlpPolicy", envs, n_steps=32, seed=0).learn(64)
@@ -96,6 +107,7 @@ def test_warm_start_shows_what_means_the_same(tmp_path: Path) -> None:
     np.testing.assert_allclose(list(curve(log, "kalman/innovation").values()), seen.means("innovation", 5), rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 @LEARNERS
 def test_success_rate_of_finished_episodes(make: Any, tmp_path: Path) -> None:
     model = make(tensorboard_log=str(tmp_path))
