@@ -17,7 +17,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from kbt_rl.inference.checks import SUM_TOLERANCE, are_distributions, as_array
-from kbt_rl.inference.likelihoods import Link
+from kbt_rl.inference.likelihoods.base import Link
 
 Array = npt.NDArray[Any]
 

@@ -135,7 +135,7 @@ def _start(network: Network, tap: Tap, states: Observation) -> tuple[Start, floa
     scaled = ((features - mean) / scale).square().sum(1).mean()
     if not scaled > 0.0:
         raise ValueError("all states look the same to the network; pass observations of several episodes")
-    weight, bias = network.start()
+    weight, bias = network.linear()
     own = features[:, : weight.shape[1]].to(weight) @ weight.mT + bias
     units = torch.from_numpy(network.link.units(own.cpu().numpy()))
     return Start(mean, scale, units, float(scaled)), 1.0 + float(scaled)

@@ -47,19 +47,8 @@ class Adaptation(BayesianLearner):
         verbose: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(
-            BasePolicy,
-            env,
-            learning_rate=0.0,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            support_multi_env=True,
-            monitor_wrapper=True,
-            seed=seed,
-            device="cpu",
-        )
-        self._prepare(n_steps, seed)
+        settings = {"stats_window_size": stats_window_size, "tensorboard_log": tensorboard_log, "verbose": verbose}
+        super().__init__(BasePolicy, env, n_steps, seed, device="cpu", **settings)
         self.policy = policy
         self._setup_model()
         self._take_env(self.get_env())
@@ -72,7 +61,7 @@ class Adaptation(BayesianLearner):
         """Move to another environment with the same spaces; the number of sub-environments may differ."""
         wrapped = self._wrap_env(env, self.verbose)
         self._take_env(wrapped)
-        self.n_envs = wrapped.num_envs
+        self.n_envs, self.label_space = wrapped.num_envs, label_space(wrapped)
         super().set_env(wrapped, force_reset)
         self._context = self._features = None
 
@@ -86,7 +75,6 @@ class Adaptation(BayesianLearner):
                 "the environment normalises its observations; pass the one inside (VecNormalize.venv), and its "
                 "statistics to adapt(model, vec_normalize=...)"
             )
-        self.label_space = label_space(env)
         has_masks = self.policy.network.takes_masks and env.has_attr("action_masks")
         self.policy.masks_from = (lambda: np.stack(env.env_method("action_masks"))) if has_masks else None
 

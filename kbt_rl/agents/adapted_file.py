@@ -21,6 +21,7 @@ from kbt_rl.agents.tensor_file import Format, existing, library, with_suffix
 from kbt_rl.files import write_bytes
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.loading import check_fits
 from kbt_rl.inference.model_average import ModelAverage
 from kbt_rl.inference.transactions import with_writers_held
 from kbt_rl.networks.base import Network
@@ -34,7 +35,12 @@ _BROKEN = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, Arithm
 
 
 def save(policy: TappedPolicy, path: str | Path) -> Path:
-    """See ``AdaptedPolicy.save``."""
+    """See ``AdaptedPolicy.save``.
+
+    Raises:
+        ImportError: The package safetensors is missing.
+        RuntimeError: ``load`` would refuse the file; an old one is still there.
+    """
     library()
     target = with_suffix(path)
     network = policy.network
@@ -50,12 +56,13 @@ def save(policy: TappedPolicy, path: str | Path) -> Path:
 
     def content() -> bytes:
         tensors = {f"head.{name}": value for name, value in policy.head.state_dict().items()}
-        tensors |= {
-            f"start.{name}": value for name, value in policy.start_units._asdict().items() if isinstance(value, Tensor)
-        }
+        units = policy.start_units._asdict().items()
+        tensors |= {f"start.{name}": value for name, value in units if isinstance(value, Tensor)}
         if policy.normaliser is not None:
             tensors |= {f"normaliser.{name}": value for name, value in policy.normaliser.tensors().items()}
-        return FORMAT.content({"settings": json.dumps(settings, sort_keys=True)}, _own(tensors))
+        whole = FORMAT.content({"settings": json.dumps(settings, sort_keys=True)}, _own(tensors))
+        check_fits(policy.head, _part(FORMAT.read(whole, target)[1], "head."))  # else ``load`` would refuse it
+        return whole
 
     write_bytes(target, with_writers_held(policy.head, content))
     return target
@@ -65,8 +72,8 @@ def load(path: str | Path, model: Any, kind: type[Policy]) -> Policy:
     """See ``AdaptedPolicy.load``; makes a policy of the class ``kind``."""
     source = existing(path, "AdaptedPolicy.save")
     header, tensors = FORMAT.read(source.read_bytes(), source)
-    settings = json.loads(header["settings"])
     try:
+        settings = json.loads(header["settings"])
         network = _network(model, settings)
         if network.fingerprint() != settings["fingerprint"]:
             raise ValueError(
@@ -77,17 +84,17 @@ def load(path: str | Path, model: Any, kind: type[Policy]) -> Policy:
         layers: list[Any] = [modules[name] for name in settings["layers"]]
         head = _head(settings["head"], tensors["start.feature_mean"], network)
         head.to(network.layer.weight.device)
-    except _BROKEN as error:
-        raise ValueError(f"{source} is not loaded: {error}") from error
-    start = Start(**_part(tensors, "start."), spread=float(settings["spread"]))
-    found = _part(tensors, "normaliser.")
-    tap = Tap(layers[0], layers[1:])
-    try:
+        start = Start(**_part(tensors, "start."), spread=float(settings["spread"]))
+        found = _part(tensors, "normaliser.")
         normaliser = Normaliser.from_tensors(found) if found else None
-        policy = kind(model, network, tap, head, start, normaliser)
-        policy.head.load_state_dict(_part(tensors, "head."))
+        tap = Tap(layers[0], layers[1:])
+        try:
+            policy = kind(model, network, tap, head, start, normaliser)
+            policy.head.load_state_dict(_part(tensors, "head."))
+        except BaseException:
+            tap.remove()
+            raise
     except _BROKEN as error:
-        tap.remove()
         raise ValueError(f"{source} is not loaded: {error}") from error
     return policy
 
@@ -95,8 +102,7 @@ def load(path: str | Path, model: Any, kind: type[Policy]) -> Policy:
 def _settings(head: Head) -> dict[str, Any]:
     if isinstance(head, BayesianHead):
         return {"config": asdict(head.config)}
-    average: dict[str, Any] = head.settings()
-    return average
+    return head.settings()
 
 
 def _head(settings: Mapping[str, Any], features: Tensor, network: Network) -> Head:

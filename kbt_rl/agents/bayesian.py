@@ -71,7 +71,7 @@ class BayesianLearner(OnlineAlgorithm):
         if features is None:
             features = self.policy.encode(context)
         heads = self.policy.heads
-        unit, log_scale = several.scales(heads)
+        unit, log_scale = several.scales(heads, target)
         info = several.update(heads, rows, features, target)
         return KBTInfo(
             labels=len(target),
@@ -81,7 +81,7 @@ class BayesianLearner(OnlineAlgorithm):
             predictive_variance=info.predictive_variance * unit,
             repairs=info.repairs,
             label_weight=info.label_weight,
-            log_density=info.log_density - len(target) * log_scale,
+            log_density=info.log_density - log_scale,
             dof=info.dof,
             log_ratio=info.log_ratio,
             degrees=info.labels - len(target) if several.link(heads) == "softmax" else info.labels,

@@ -37,15 +37,12 @@ def as_labeller(
         TypeError: The expert is neither a policy nor callable, or it is recurrent.
         ValueError: The expert was made for other spaces.
     """
-    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
-        own = getattr(expert, name, None)
-        if own is not None and own != space:
-            raise ValueError(f"the expert's {name} is {own}, the model's is {space}; it is an expert of another env")
+    check_spaces(expert, observation_space, action_space)
     label = getattr(expert, "label", None)
     if callable(label):
         ask: Callable[[Array], Any] = label
     elif isinstance(expert, (BasePolicy, BaseAlgorithm)):
-        policy, normaliser = expert, _normaliser(expert)
+        policy, normaliser = expert, normaliser_of(expert)
 
         def ask(observations: Array) -> Any:
             seen = observations if normaliser is None else normaliser(observations)
@@ -75,14 +72,25 @@ def as_labeller(
     return labeller
 
 
-def _normaliser(expert: BasePolicy | BaseAlgorithm) -> Normaliser | None:
-    """What an expert's observations go through.
+def check_spaces(expert: object, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """Raise ValueError if an expert says that it was made for other spaces."""
+    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+        own = getattr(expert, name, None)
+        if own is not None and own != space:
+            raise ValueError(f"the expert's {name} is {own}, the model's is {space}; it is an expert of another env")
+
+
+def normaliser_of(expert: BasePolicy | BaseAlgorithm) -> Normaliser | None:
+    """What an expert's observations go through, as far as its environment tells.
 
     Raises:
         TypeError: It is recurrent, and would have to see every observation of an episode.
     """
     if hasattr(expert.policy if isinstance(expert, BaseAlgorithm) else expert, "lstm_actor"):
-        raise TypeError("a recurrent expert has to see every observation of an episode, not only those to be labelled")
+        raise TypeError(
+            "a recurrent expert has to see every observation of an episode, not only those to be labelled; run it "
+            "beside the policy yourself and pass its actions to update()"
+        )
     envs = expert.get_vec_normalize_env() if isinstance(expert, BaseAlgorithm) else None
     return None if envs is None else Normaliser.of(envs)
 

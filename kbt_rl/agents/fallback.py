@@ -79,6 +79,22 @@ class Fallback:
         return answer[taken_over]
 
 
+def usable(
+    fallback: Fallback | None, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+) -> Fallback | None:
+    """The same, if its controller can act in these spaces.
+
+    Raises:
+        TypeError: It is no ``Fallback``, or its controller neither a policy nor callable.
+        ValueError: The controller was made for other spaces.
+    """
+    if fallback is not None:
+        if not isinstance(fallback, Fallback):
+            raise TypeError(f"a fallback is a Fallback(controller, limit); got {type(fallback).__name__}")
+        fallback.check(observation_space, action_space)
+    return fallback
+
+
 class Choice(NamedTuple):
     """Actions of the environment, and the rows ``(n,)`` in which a fallback controller chose them."""
 

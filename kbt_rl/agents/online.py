@@ -15,12 +15,13 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import safe_mean
 from torch import Tensor
 
 from kbt_rl.agents.checkpoints import CheckpointedAlgorithm
-from kbt_rl.agents.experts import Expert
+from kbt_rl.agents.experts import Expert, label_space
 from kbt_rl.agents.online_policy import Context, Labeller, OnlinePolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample
 
@@ -29,6 +30,13 @@ Self = TypeVar("Self", bound="OnlineAlgorithm")
 
 class OnlineAlgorithm(CheckpointedAlgorithm):
     """An SB3 algorithm whose policy acts while callbacks teach it.
+
+    Args:
+        policy: Policy class or its name.
+        env: Environment to learn in; a Gymnasium env, a ``VecEnv`` or an id.
+        n_steps: Environment steps between two writes of the log.
+        seed: Of the label stream and the environment.
+        **settings: Of SB3's ``BaseAlgorithm``.
 
     Attributes:
         n_steps: Environment steps between two writes of the log.
@@ -49,12 +57,16 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
     _context: Context | None = None
     _features: Tensor | None = None
 
-    def _prepare(self, n_steps: int, seed: int | None) -> None:
-        """Set up what learning online needs besides SB3's own."""
+    def __init__(
+        self, policy: str | type[BasePolicy], env: GymEnv | str | None, n_steps: int, seed: int | None, **settings: Any
+    ) -> None:
+        super().__init__(
+            policy, env, learning_rate=0.0, support_multi_env=True, monitor_wrapper=True, seed=seed, **settings
+        )
         if n_steps < 1:
             raise ValueError(f"n_steps is {n_steps}; the log is written after at least 1 step")
         self.n_steps = n_steps
-        self.label_space = None
+        self.label_space = None if self.env is None else label_space(self.env)
         # The state of the label stream lives here rather than in a callback, so that it is saved with the model.
         # A generator of its own: pre-training draws its states from the seed itself.
         self.stream_rng = np.random.default_rng(None if seed is None else [seed, 1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,8 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from kbt_rl.agents import posteriors as several
-from kbt_rl.agents.fallback import Choice, Fallback
+from kbt_rl.agents.fallback import Choice, Fallback, usable
+from kbt_rl.agents.moments import ActionMoments
 from kbt_rl.agents.transformer_policy import TransformerPolicy, drawn
 from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.config import HeadConfig
@@ -32,21 +33,6 @@ CONTINUOUS_HEAD = HeadConfig(noise_variance=1e-6)
 # Labels of discrete actions say less than forces do, so that a stiffer prior learns too slowly; with so wide a prior
 # the one step of the rule "fisher" overshoots.
 DISCRETE_HEAD = HeadConfig(rule="laplace", last_variance=100.0)
-
-
-class ActionMoments(NamedTuple):
-    """Distribution of the expert's action for each observation, in action units.
-
-    Attributes:
-        mean: ``(n, action size)``; the probability of each action if they are discrete.
-        epistemic: Covariance from what the weights do not know, ``(n, action size, action size)``.
-        aleatoric: Covariance of the label noise, or of the choice of a discrete action (one-hot) with these
-            probabilities, of the same shape.
-    """
-
-    mean: Array
-    epistemic: Array
-    aleatoric: Array
 
 
 class DecisionTransformerPolicy(TransformerPolicy):
@@ -239,11 +225,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
             TypeError: The controller is neither a policy nor callable.
             ValueError: It was made for other spaces.
         """
-        if fallback is not None:
-            if not isinstance(fallback, Fallback):
-                raise TypeError(f"a fallback is a Fallback(controller, limit); got {type(fallback).__name__}")
-            fallback.check(self.observation_space, self.action_space)
-        self.fallback = fallback
+        self.fallback = usable(fallback, self.observation_space, self.action_space)
 
     def choose(self, context: ContextWindow, features: Tensor, deterministic: bool = True) -> Choice:
         """See ``TransformerPolicy.choose``; with the fallback controller in the rows where it takes over."""

@@ -6,7 +6,6 @@ of the others.
 
 from __future__ import annotations
 
-import math
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.checks import as_array
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.likelihoods import Link
+from kbt_rl.inference.likelihoods.base import Link
 from kbt_rl.inference.model_average import ModelAverage
 from kbt_rl.inference.prediction import Prediction
 from kbt_rl.inference.types import Gaussian, UpdateInfo
@@ -32,14 +31,12 @@ def _asked(heads: Heads) -> BayesianHead | ModelAverage | HeadBatch:
 
 def link(heads: Heads) -> Link:
     """Link of the output rule."""
-    asked = _asked(heads)
-    return "identity" if isinstance(asked, ModelAverage) else asked.kind.rule.link
+    return _asked(heads).link
 
 
 def plain_noise(heads: Heads) -> bool:
     """Whether the label noise is known and Gaussian."""
-    asked = _asked(heads)
-    return not isinstance(asked, ModelAverage) and asked.kind.config.plain_noise
+    return _asked(heads).plain_noise
 
 
 def check_rows(heads: Heads, rows: int, each: int = 1) -> None:
@@ -92,12 +89,14 @@ def labels_seen(heads: Heads) -> int:
     return int(torch.as_tensor(_asked(heads).labels_seen).sum())
 
 
-def scales(heads: Heads) -> tuple[float, float]:
-    """See ``Posterior.scales``; all heads have the same."""
-    if not isinstance(heads, HeadBatch):
-        return heads[0].scales
-    outputs = heads.get_buffer("target_scale")[0].tolist()
-    return sum(scale * scale for scale in outputs) / len(outputs), sum(map(math.log, outputs))
+def scales(heads: Heads, target: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """What averaged variances are multiplied by, and a log density of labels ``(B, o)`` is less, in target units.
+
+    All heads have the same scales; an entry of NaN is no label and has no density.
+    """
+    outputs = torch.as_tensor(_asked(heads).target_scale).view(-1, target.shape[1])[0].cpu().numpy()
+    known = (~np.isnan(target)).sum(axis=0)
+    return float(outputs @ outputs) / len(outputs), float(known @ np.log(outputs))
 
 
 def update(heads: Heads, rows: npt.NDArray[np.intp], features: Tensor, target: npt.NDArray[np.float64]) -> UpdateInfo:

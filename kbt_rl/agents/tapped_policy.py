@@ -1,4 +1,4 @@
-"""A trained policy of others with a Bayesian last layer: it acts as before, learns from labels, knows what it does not.
+"""A trained policy of the user's own with a Bayesian last layer: it acts as before until it has a label.
 
 The network is frozen and stays the user's object. A tap hears what its last layer sees and answers in the layer's
 place, during the calls of this class only.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kbt_rl.agents.actions import action_format
-from kbt_rl.agents.fallback import Choice, Fallback
+from kbt_rl.agents.fallback import Choice, Fallback, usable
 from kbt_rl.agents.moments import ActionMoments
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.model_average import ModelAverage
@@ -73,7 +73,9 @@ class Glimpse(NamedTuple):
 
 
 class TappedPolicy:
-    """A frozen policy whose last linear layer is a Gaussian posterior: all of ``AdaptedPolicy`` but a life of its own.
+    """A frozen policy whose last linear layer is a Gaussian posterior: it acts, predicts and learns.
+
+    ``AdaptedPolicy`` adds ``learn``, files, ``bake`` and ``detach``.
 
     Args:
         model: The user's object.
@@ -164,11 +166,7 @@ class TappedPolicy:
             TypeError: The controller is neither a policy nor callable.
             ValueError: It was made for other spaces.
         """
-        if fallback is not None:
-            if not isinstance(fallback, Fallback):
-                raise TypeError(f"a fallback is a Fallback(controller, limit); got {type(fallback).__name__}")
-            fallback.check(self.observation_space, self.action_space)
-        self.fallback = fallback
+        self.fallback = usable(fallback, self.observation_space, self.action_space)
 
     # ------------------------------------------------------------------ learning
 
@@ -211,13 +209,11 @@ class TappedPolicy:
 
     def reset(self) -> None:
         """Forget what was learned: the policy acts as it was trained."""
-        weight, bias = self.network.start()
+        weight, bias = self.network.linear()
         padded = torch.nn.functional.pad(weight, (0, self.head.in_features - weight.shape[1]))
         given: dict[str, Any] = self.start_units._asdict()
         if isinstance(self.head, BayesianHead):
             del given["spread"]
-            if self.head.rule.link == "softmax":
-                del given["target_scale"]
         self.head.reset(padded, bias, **given)
 
     @property

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
-from kbt_rl.agents.experts import Expert
+from kbt_rl.agents.experts import Expert, check_spaces, normaliser_of
 from kbt_rl.agents.online_policy import Labeller
 from kbt_rl.networks.base import Array, Call, Network
 from kbt_rl.networks.normaliser import Normaliser
@@ -36,15 +35,9 @@ class Teacher:
         policy = policy_of(model)
         if policy is None:
             raise TypeError(f"a teacher is an SB3 model or policy; got {type(model).__name__}")
-        if vec_normalize is None and isinstance(model, BaseAlgorithm):
-            vec_normalize = model.get_vec_normalize_env()
-        self.normaliser = None if vec_normalize is None else Normaliser.of(vec_normalize)
+        found = normaliser_of(model)
+        self.normaliser = found if vec_normalize is None else Normaliser.of(vec_normalize)
         self.network = SB3Network(policy)
-        if self.network.recurrent:
-            raise TypeError(
-                "a recurrent teacher has to see every observation of an episode; run it beside the policy yourself and "
-                "pass its actions to update()"
-            )
         self.observation_space, self.action_space = policy.observation_space, policy.action_space
 
     def __call__(self, observations: Any) -> Array:
@@ -58,7 +51,7 @@ class Teacher:
             features = tap.hear(lambda: self.network.run(Call(self._seen(observations)))).features
         finally:
             tap.remove()
-        weight, bias = self.network.start()
+        weight, bias = self.network.linear()
         outputs: Array = (features.to(weight) @ weight.mT + bias).cpu().numpy()
         return outputs
 
@@ -74,10 +67,7 @@ def labeller_for(network: Network, expert: Expert) -> Labeller:
         ValueError: It was made for other spaces.
     """
     teacher: Any = Teacher(expert) if policy_of(expert) is not None else expert
-    for name in ("observation_space", "action_space"):
-        own, ours = getattr(teacher, name, None), getattr(network, name)
-        if own is not None and own != ours:
-            raise ValueError(f"the teacher's {name} is {own}, the policy's is {ours}; it is a teacher of another env")
+    check_spaces(teacher, network.observation_space, network.action_space)
     if isinstance(teacher, Teacher) and type(teacher.network.link) is type(network.link):
         return Labeller(teacher.outputs, "output")
     ask = getattr(teacher, "label", teacher)  # an expert of this library answers without bounds

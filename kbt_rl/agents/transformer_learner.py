@@ -70,23 +70,19 @@ class TransformerLearner(OnlineAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate=0.0,
+            n_steps,
+            seed,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
-            support_multi_env=True,
-            monitor_wrapper=True,
-            seed=seed,
             device=device,
             supported_action_spaces=(spaces.Box, spaces.Discrete),
         )
-        self._prepare(n_steps, seed)
         self.max_force = float("nan")
         self.forces: list[float] | None = None  # a list, as it comes back from a file
         self.pretrain_info: PretrainInfo | None = None
         if self.env is not None:
-            self.label_space = label_space(self.env)
             self.max_force, self.forces = max_force(self.env), force_levels(self.env)
         if _init_setup_model:
             self._setup_model()

@@ -81,8 +81,8 @@ class OnlineAdapter(BaseCallback):
     def _init_callback(self) -> None:
         if not isinstance(self.model, OnlineAlgorithm):
             raise TypeError(
-                f"{type(self).__name__} teaches the learners of kbt_rl (KBT, WarmStart); got "
-                f"{type(self.model).__name__}, which has no update(sample)"
+                f"{type(self).__name__} teaches KBT, WarmStart and what adapt() has made; {type(self.model).__name__} "
+                "learns by itself: adapt(model).learn(env, steps, callback=...) teaches a model that is trained"
             )
         every = self.model.label_every
         usual = IidStream() if every is None else VisitedStream(every)
@@ -183,11 +183,11 @@ class KalmanAdapter(OnlineAdapter):
         self.repairs = 0
 
     def _init_callback(self) -> None:
+        super()._init_callback()
         if not isinstance(self.model, BayesianLearner):
             raise TypeError(
-                f"KalmanAdapter reads the posterior of KBT; use OnlineAdapter for {type(self.model).__name__}"
+                f"KalmanAdapter reads a posterior, which {type(self.model).__name__} has not; use OnlineAdapter"
             )
-        super()._init_callback()
 
     def _on_training_start(self) -> None:
         super()._on_training_start()

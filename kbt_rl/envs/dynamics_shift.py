@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
-from kbt_rl.envs.parameters import Parameter, World, checked, world_of
+from kbt_rl.envs.parameters import Parameter, World, checked, known, world_of
 
 Values = Mapping[str, float]
 
@@ -55,19 +55,18 @@ class DynamicsShift(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         RecordConstructorArgs.__init__(self, values=values, at=at, drift=drift, ranges=ranges, bounds=bounds)
         gym.Wrapper.__init__(self, env)
         self._world = world_of(env.unwrapped) if world is None else world
-        self._bounds = dict(bounds or {})
-        checked(self._world, {name: low for name, (low, _) in self._bounds.items()}, self._bounds)
+        self._bounds, self._drift, self._ranges = dict(bounds or {}), dict(drift or {}), dict(ranges or {})
+        known(self._world, [*self._bounds, *self._drift, *self._ranges])
         start = self._checked(values or {})
         self._at = [(time, self._checked(changed)) for time, changed in at]
         if any(later <= earlier for (earlier, _), (later, _) in pairwise(self._at)):
             raise ValueError(f"the times of the shifts must increase, got {[time for time, _ in self._at]}")
-        self._drift, self._ranges = dict(drift or {}), dict(ranges or {})
         for name, rate in self._drift.items():
-            self._checked({name: self._world.parameters[name].nominal if name in self._world.parameters else 0.0})
             if not math.isfinite(rate):
                 raise ValueError(f"the drift of {name} is {rate}; a change with each step is finite")
         for name, (low, high) in self._ranges.items():
-            self._checked({name: low}), self._checked({name: high})
+            for end in (low, high):
+                self._checked({name: end})
             if not low < high:
                 raise ValueError(f"the range of {name} is ({low}, {high}); the smallest value comes first")
         self.steps = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,6 +157,13 @@ def world_of(env: Any) -> World:
     )
 
 
+def known(world: World, names: Iterable[str]) -> None:
+    """Raise TypeError for a name that is no parameter."""
+    for name in names:
+        if name not in world.parameters:
+            raise TypeError(f"this world has no parameter {name!r}; it has {', '.join(world.parameters)}")
+
+
 def checked(world: World, values: Mapping[str, float], bounds: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Values of known parameters inside their bounds.
 
@@ -164,9 +171,8 @@ def checked(world: World, values: Mapping[str, float], bounds: Mapping[str, tupl
         TypeError: A name is unknown, or a value no number.
         ValueError: A value is out of bounds.
     """
+    known(world, values)
     for name, value in values.items():
-        if name not in world.parameters:
-            raise TypeError(f"this world has no parameter {name!r}; it has {', '.join(world.parameters)}")
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise TypeError(f"{name} is {value!r}; expected a number")
         low, high = bounds.get(name, world.parameters[name][1:])

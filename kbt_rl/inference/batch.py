@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kbt_rl.inference import checks, loading
-from kbt_rl.inference import engine as engines
 from kbt_rl.inference.density import LOG_TWO_PI
+from kbt_rl.inference.engines import registry as engines
 from kbt_rl.inference.head import BayesianHead, HeadKind, Plan
 from kbt_rl.inference.history import History, Record, moves_to_keep
+from kbt_rl.inference.likelihoods.base import Link
 from kbt_rl.inference.prediction import Prediction
-from kbt_rl.inference.transactions import register_writer, replace_buffers, signals_deferred
+from kbt_rl.inference.transactions import replace_buffers, signals_deferred
 from kbt_rl.inference.types import Gaussian, HeadState, Rows, UpdateInfo
+from kbt_rl.inference.whole import WholeModule
 
 _COUNTS = ("labels", "repairs")
 
@@ -85,7 +86,7 @@ class BatchInfo(NamedTuple):
         )
 
 
-class HeadBatch(nn.Module):
+class HeadBatch(WholeModule):
     """Independent posteriors, ``H`` heads of the same configuration: row ``i`` belongs to head ``i``.
 
     It owns their buffers, stacked in front; ``batch[i]`` is a copy of one of them, and ``batch[i] = head`` takes one
@@ -107,8 +108,6 @@ class HeadBatch(nn.Module):
         >>> mean = batch(torch.randn(1024, 16))
     """
 
-    keeps_dtype = True
-
     def __init__(self, heads: Iterable[BayesianHead]) -> None:
         super().__init__()
         given = list(heads)
@@ -118,8 +117,6 @@ class HeadBatch(nn.Module):
         if len(kinds) > 1:
             raise ValueError(f"the heads of a batch must be of one kind; got {len(kinds)} sizes or configurations")
         self.kind: HeadKind = given[0].kind
-        self._lock = threading.RLock()
-        register_writer(self)
         limit = self.kind.config.history
         self._history = History(limit, len(given)) if limit else None
         copies = [head.copied_buffers() for head in given]
@@ -360,33 +357,27 @@ class HeadBatch(nn.Module):
             raise ValueError(f"features have shape {tuple(features.shape)}; expected {expected}, {each} row(s) a head")
         return features
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take over saved buffers, all or none."""
-        return loading.load_whole(self, state_dict, strict)
+    def check_saved(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """See ``WholeModule``."""
+        loading.check_posterior(self, self.kind, state_dict, prefix)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, *lists: Any
-    ) -> None:
-        """As a part of another module, see ``Posterior``."""
-        loading.load_part(self, state_dict, prefix, strict, *lists)
+    def flexible(self) -> frozenset[str]:
+        """See ``WholeModule``."""
+        return frozenset(self.kind.cov_names)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadBatch:
-        """Follow a change of device, but never of dtype."""
-        moved = {name: checks.moved(buffer, fn(buffer).device) for name, buffer in self.named_buffers()}
-        with self._lock, signals_deferred():
-            self._buffers.update(moved)
-        return self
+    @property
+    def link(self) -> Link:
+        """Link of the output rule."""
+        return self.kind.rule.link
 
-    def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
-            buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        history = None if self._history is None else self._history.fresh()
-        state = {**self.__dict__, "_history": history, "_buffers": buffers, "_engine": None}
-        del state["_lock"]
-        return state
+    @property
+    def plain_noise(self) -> bool:
+        """Whether the label noise is known and Gaussian."""
+        return self.kind.config.plain_noise
+
+    def _fresh(self) -> dict[str, Any]:
+        return {"_history": None if self._history is None else self._history.fresh(), "_engine": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock = threading.RLock()
-        register_writer(self)
+        super().__setstate__(state)
         self._engine = engines.batch_engine_for(self.kind)

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.forgetting import FORGETTING
-from kbt_rl.inference.likelihoods import LIKELIHOODS, Link
+from kbt_rl.inference.likelihoods.base import Link
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
 from kbt_rl.inference.network import PROPAGATIONS
-from kbt_rl.inference.noise import NOISES, STATISTICS
+from kbt_rl.inference.noise.learned import STATISTICS
+from kbt_rl.inference.noise.registry import NOISES
 from kbt_rl.inference.prior import layer_shapes
 from kbt_rl.inference.types import HeadSpec, LayerShape
 
@@ -64,7 +66,7 @@ class HeadConfig:
         noise_floor: Smallest noise variance that is learned. Where the world may change again, some 0.01: what the
             features cannot express of one world is then not learned as if it were exact, at the cost of the next.
         noise_statistic: ``innovation`` or ``variational``: how the noise is learned where it is not exact, see
-            ``inference.noise``.
+            ``inference.noise.learned``.
         robust_dof: Degrees of freedom of Student's t noise, 2 to 10 say, so that wild labels count for little; None for
             Gaussian noise. The noise covariance is then that of ordinary labels (rule ``measure`` only).
         forgetting: What happens after each update: ``none``, ``process_noise``, ``towards_prior`` or ``fading``.

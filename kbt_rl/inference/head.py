@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from kbt_rl.inference import checks, network
-from kbt_rl.inference import engine as engines
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.covariance.registry import STRUCTURES
+from kbt_rl.inference.engines import registry as engines
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.forgetting import FORGETTING
 from kbt_rl.inference.history import Record, Undo, moves_to_keep
 from kbt_rl.inference.kind import Kind
-from kbt_rl.inference.noise import NoiseBelief
+from kbt_rl.inference.noise.registry import NoiseBelief
 from kbt_rl.inference.posterior import Posterior
 from kbt_rl.inference.prediction import Prediction
 from kbt_rl.inference.transactions import replace_buffers, signals_deferred
@@ -517,8 +517,8 @@ class BayesianHead(Posterior):
             self._take_over(new | {"labels_seen": self.labels_seen - undo.rows})
             self._history.drop(self._kept_buffers(), undo.updates)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_engine": None}  # it is bound to these buffers
+    def _fresh(self) -> dict[str, Any]:
+        return {**super()._fresh(), "_engine": None}  # it is bound to these buffers
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -12,8 +12,11 @@ from torch import Tensor
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.covariance.base import Cov
 from kbt_rl.inference.covariance.registry import STRUCTURES
-from kbt_rl.inference.likelihoods import LIKELIHOODS, Likelihood
-from kbt_rl.inference.noise import NOISES, ConjugateNoise, NoiseModel
+from kbt_rl.inference.likelihoods.base import Likelihood
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
+from kbt_rl.inference.noise.conjugate import ConjugateNoise
+from kbt_rl.inference.noise.learned import NoiseModel
+from kbt_rl.inference.noise.registry import NOISES
 from kbt_rl.inference.prior import prior_layers
 from kbt_rl.inference.types import HeadSpec, Tensors
 

@@ -21,9 +21,9 @@ from kbt_rl.inference.config import MAX_JOINT_WEIGHTS, HeadConfig
 from kbt_rl.inference.covariance.base import Cov
 from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.head import BayesianHead, HeadKind
-from kbt_rl.inference.likelihoods import LIKELIHOODS
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
 from kbt_rl.inference.network import Forward
-from kbt_rl.inference.noise import NOISES, NoiseBelief
+from kbt_rl.inference.noise.registry import NOISES, NoiseBelief
 from kbt_rl.inference.posterior import Posterior
 from kbt_rl.inference.transactions import signals_deferred
 from kbt_rl.inference.types import Gaussian, HeadSpec, HeadState, LayerShape, Part, Rows, Tensors

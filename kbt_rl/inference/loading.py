@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from kbt_rl.inference.covariance.registry import STRUCTURES
+from kbt_rl.inference.kind import Kind
 from kbt_rl.inference.transactions import replace_buffers, signals_deferred, with_writers_held
 
 # Of the buffers of a posterior: what divides, or counts, and what is a covariance of the targets.
 _POSITIVE = ("feature_scale", "target_scale", "noise_labels")
 _NOISES = ("noise_cov", "noise_start_cov")
+
+
+def keeps_dtype(part: nn.Module) -> bool:
+    """Whether a part of a model is a ``WholeModule``, which checks itself what is loaded."""
+    return getattr(part, "keeps_dtype", False)
 
 
 class Keys(NamedTuple):
@@ -48,7 +54,7 @@ def load_whole(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = 
 
 
 def load_part(
-    part: nn.Module,
+    part: Any,
     state_dict: Mapping[str, Any],
     prefix: str,
     strict: bool,
@@ -56,11 +62,12 @@ def load_part(
     unexpected: list[str],
     _errors: list[str],
 ) -> None:
-    """``nn.Module._load_from_state_dict`` of a posterior inside another module: this part is taken over as a whole."""
-    check_posterior(part, state_dict, prefix)
+    """``nn.Module._load_from_state_dict`` of a whole module inside another: this part is taken over as a whole."""
+    part.check_saved(state_dict, prefix)
     own = {prefix + name for name in part._buffers}
     lacking = sorted(own - state_dict.keys())
-    others = [name for name in state_dict if name.startswith(prefix) and name not in own]
+    inner = tuple(f"{prefix}{name}." for name in part._modules)  # which PyTorch loads by themselves
+    others = [name for name in state_dict if name.startswith(prefix) and name not in own and not name.startswith(inner)]
     missing += lacking
     if strict:
         unexpected += others
@@ -98,12 +105,15 @@ def _take_over(module: nn.Module, changes: Sequence[_Change], assign: bool) -> N
     def write() -> None:
         with signals_deferred():
             for part, parameters, buffers in changes:
-                if assign and not getattr(part, "keeps_dtype", False):
+                if assign and not keeps_dtype(part):
                     part._parameters.update(parameters)
                     part._buffers.update(buffers)
                 else:
                     replace_buffers(part._parameters, parameters)
                     replace_buffers(part._buffers, buffers)
+            for part, *_ in changes:
+                if keeps_dtype(part):
+                    part.changed()
 
     with_writers_held(module, write)
 
@@ -122,9 +132,10 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = 
     """
     flexible: set[str] = set()
     for prefix, part in _parts(module):
-        if getattr(part, "keeps_dtype", False):
-            check_posterior(part, state_dict, prefix)
-            flexible |= {prefix + name for name in part.kind.cov_names}  # type: ignore[union-attr]
+        if keeps_dtype(part):
+            whole: Any = part
+            whole.check_saved(state_dict, prefix)
+            flexible |= {prefix + name for name in whole.flexible()}
     own = module.state_dict()
     for name, value in own.items():
         loaded = state_dict.get(name, value)
@@ -144,19 +155,23 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = 
         )
 
 
-def check_posterior(posterior: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+def check_dtype(name: str, buffer: Tensor, loaded: Any) -> None:
+    """Raise RuntimeError unless what is loaded for a buffer is a tensor of its dtype."""
+    if not isinstance(loaded, Tensor) or loaded.dtype != buffer.dtype:
+        found = loaded.dtype if isinstance(loaded, Tensor) else type(loaded).__name__
+        raise RuntimeError(
+            f"{name} is {found} in the file and {buffer.dtype} in the head; a posterior that was cast has "
+            "lost digits it needs, save it again without casting"
+        )
+
+
+def check_posterior(posterior: nn.Module, kind: Kind, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Raise RuntimeError unless what is saved under ``prefix`` can be this posterior, one or several stacked ones."""
-    kind: Any = posterior.kind
     for name, buffer in posterior.named_buffers(recurse=False):
         loaded = state_dict.get(prefix + name)
         if loaded is None:
             continue
-        if not isinstance(loaded, Tensor) or loaded.dtype != buffer.dtype:
-            found = loaded.dtype if isinstance(loaded, Tensor) else type(loaded).__name__
-            raise RuntimeError(
-                f"{prefix + name} is {found} in the file and {buffer.dtype} in the head; a posterior that was cast has "
-                "lost digits it needs, save it again without casting"
-            )
+        check_dtype(prefix + name, buffer, loaded)
         groups = name in kind.cov_names and kind.spec.structure == "shared" and buffer.ndim == loaded.ndim == 3
         same = loaded.shape[1:] == buffer.shape[1:] if groups else loaded.shape == buffer.shape
         if not same:

@@ -25,9 +25,12 @@ from torch.nn import functional
 
 from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.errors import UpdateError
-from kbt_rl.inference.likelihoods import Conditioning, EachConditioning, Likelihood
+from kbt_rl.inference.likelihoods.base import Conditioning, EachConditioning, Likelihood
 from kbt_rl.inference.moments import relu_moments
-from kbt_rl.inference.noise import ConjugateNoise, NoiseBelief, NoiseModel, huge_values_refused
+from kbt_rl.inference.noise.base import huge_values_refused
+from kbt_rl.inference.noise.conjugate import ConjugateNoise
+from kbt_rl.inference.noise.learned import NoiseModel
+from kbt_rl.inference.noise.registry import NoiseBelief
 from kbt_rl.inference.types import Gaussian, HeadState, Increment, Jacobian, NoiseEstimate, Part, UpdateInfo
 
 # Of a feature, a label or the step of a weight, in the head's own units. The variance of a prediction of L layers has

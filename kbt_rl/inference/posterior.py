@@ -1,19 +1,17 @@
-"""What a Bayesian head keeps: the buffers of a Gaussian posterior, their units and noise, and how they are kept whole.
+"""What a Bayesian head keeps: the buffers of a Gaussian posterior, their units and their noise.
 
-It keeps float64 whatever dtype the rest of the model has, changes as a whole or not at all, and is copied, moved to
-another device and loaded like any module. What is learned and predicted with it is in :mod:`kbt_rl.inference.head`.
+How they are kept whole is in :mod:`kbt_rl.inference.whole`; what is learned and predicted with them is in
+:mod:`kbt_rl.inference.head`.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kbt_rl.inference import checks, loading
 from kbt_rl.inference.config import HeadConfig
@@ -22,20 +20,19 @@ from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.forgetting import FORGETTING, reopened
 from kbt_rl.inference.history import History
 from kbt_rl.inference.kind import Kind
-from kbt_rl.inference.likelihoods import Likelihood
+from kbt_rl.inference.likelihoods.base import Likelihood, Link
 from kbt_rl.inference.prior import prior_means
-from kbt_rl.inference.transactions import register_writer, replace_buffers, signals_deferred
+from kbt_rl.inference.transactions import replace_buffers
 from kbt_rl.inference.types import HeadSpec, HeadState, NoiseEstimate, Tensors
+from kbt_rl.inference.whole import WholeModule
 
 
-class Posterior(nn.Module):
+class Posterior(WholeModule):
     """Gaussian posterior over the weights of a small network, as the buffers of a module.
 
     Args:
         kind: Sizes and configuration.
     """
-
-    keeps_dtype = True
 
     mean: Tensor
     prior_mean: Tensor
@@ -50,8 +47,6 @@ class Posterior(nn.Module):
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
-        self._lock = threading.RLock()  # held while the posterior changes, and by whoever reads several parts of it
-        register_writer(self)
         self._history = History(self.config.history) if self.config.history else None
         for name, value in self.kind.tensors().items():
             self.register_buffer(name, value)
@@ -65,6 +60,16 @@ class Posterior(nn.Module):
     def spec(self) -> HeadSpec:
         """Layers and structure."""
         return self.kind.spec
+
+    @property
+    def link(self) -> Link:
+        """Link of the output rule."""
+        return self.kind.rule.link
+
+    @property
+    def plain_noise(self) -> bool:
+        """Whether the label noise is known and Gaussian."""
+        return self.kind.config.plain_noise
 
     @property
     def rule(self) -> Likelihood:
@@ -187,24 +192,14 @@ class Posterior(nn.Module):
             self._take_over(new)
 
     @property
-    def scales(self) -> tuple[float, float]:
-        """What takes averaged variances and log densities into units of the target.
-
-        The average over the outputs of the squared ``target_scale``, to multiply by, and the sum of its logarithms, to
-        subtract.
-        """
-        outputs = self.target_scale.tolist()
-        return sum(scale * scale for scale in outputs) / len(outputs), sum(map(math.log, outputs))
-
-    @property
     def mean_square_scale(self) -> float:
-        """The first of ``scales``."""
-        return self.scales[0]
+        """Average over the outputs of the squared ``target_scale``: what takes averaged variances into target units."""
+        return float(self.target_scale.square().mean())
 
     @property
     def log_scale(self) -> float:
-        """The second of ``scales``."""
-        return self.scales[1]
+        """Sum over the outputs of the logarithm of ``target_scale``: what a log density in target units is less."""
+        return float(self.target_scale.log().sum())
 
     @property
     def state(self) -> HeadState:
@@ -290,11 +285,6 @@ class Posterior(nn.Module):
         """What a covariance of the targets is divided by inside, ``(o, o)``."""
         return self.target_scale.unsqueeze(-1) * self.target_scale
 
-    def copied_buffers(self) -> dict[str, Tensor]:
-        """Copies of all buffers, of one moment."""
-        with self._lock:
-            return {name: buffer.clone() for name, buffer in self.named_buffers()}
-
     def _cov(self) -> Cov:
         return tuple(self._buffers[name] for name in self.kind.cov_names)  # type: ignore[misc]
 
@@ -303,45 +293,13 @@ class Posterior(nn.Module):
         with self._changing():
             replace_buffers(self._buffers, new)
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """All of a change or, to other threads and to an interrupt, none of it."""
-        with self._lock, signals_deferred():
-            yield
+    def check_saved(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """See ``WholeModule``."""
+        loading.check_posterior(self, self.kind, state_dict, prefix)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has a lock and a history of its own, and is not of a moment in the middle of a change.
-        history = None if self._history is None else self._history.fresh()
-        state = {**self.__dict__, "_history": history, "_buffers": self.copied_buffers()}
-        del state["_lock"]
-        return state
+    def flexible(self) -> frozenset[str]:
+        """See ``WholeModule``."""
+        return frozenset(self.kind.cov_names)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock = threading.RLock()
-        register_writer(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Posterior:
-        """Follow a change of device, but never of dtype."""
-        moved = {
-            name: checks.moved(buffer, fn(buffer).device)
-            for name, buffer in self._buffers.items()
-            if buffer is not None
-        }
-        with self._changing():
-            self._buffers.update(moved)
-        return self
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take over saved buffers, all or none.
-
-        Raises:
-            RuntimeError: They are of another architecture or dtype, or no posterior.
-        """
-        return loading.load_whole(self, state_dict, strict)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, *lists: Any
-    ) -> None:
-        """As a part of another module, which PyTorch loads part by part: this one is taken over as a whole."""
-        loading.load_part(self, state_dict, prefix, strict, *lists)
+    def _fresh(self) -> dict[str, Any]:
+        return {"_history": None if self._history is None else self._history.fresh()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kbt_rl.inference.likelihoods import Link
+from kbt_rl.inference.likelihoods.base import Link
 from kbt_rl.inference.moments import softmax_jacobian, softmax_variances
 
 

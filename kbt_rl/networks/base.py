@@ -68,7 +68,7 @@ class Network(ABC):
             return np.ndim(observation[name]) == len(space[name].shape or ())
         return np.ndim(observation) == len(space.shape or ())
 
-    def start(self) -> tuple[Tensor, Tensor]:
+    def linear(self) -> tuple[Tensor, Tensor]:
         """Weight ``(o, d)`` and bias ``(o,)`` of the layer, in the head's outputs."""
         weight = self.layer.weight.detach()
         bias = self.layer.bias if self.layer.bias is not None else weight.new_zeros(len(weight))

@@ -70,13 +70,13 @@ class ActionLink(ABC):
         values = np.asarray(label)
         if values.dtype.kind not in "fiub":
             raise ValueError(f"the label holds {values.dtype}; expected real numbers")
+        if np.isinf(values).any():
+            raise ValueError("the label is infinite; use NaN where there is no label")
         if kind == "action":
             found = self.targets(self._shaped(values, self._action_shape(len(outputs)), kind), outputs, units)
         else:
             rows = self._shaped(values, (len(outputs), self.outputs), kind).astype(np.float64)
             found = self.from_outputs(self._from_probabilities(rows) if kind == "probabilities" else rows, outputs)
-        if np.isinf(found).any():
-            raise ValueError("the label is infinite; use NaN where there is no label")
         return found
 
     def from_outputs(self, labels: Array, outputs: Array) -> npt.NDArray[np.float64]:
@@ -94,7 +94,8 @@ class ActionLink(ABC):
         if values.shape == shape[1:] and shape[0] == 1:
             values = values[np.newaxis]
         if values.shape != shape:
-            raise ValueError(f"a label of kind {kind!r} has shape {values.shape}; expected {shape}")
+            alone = f" or {shape[1:]}" if shape[0] == 1 else ", one row an observation"
+            raise ValueError(f"a label of kind {kind!r} has shape {values.shape}; expected {shape}{alone}")
         return values
 
 
@@ -155,7 +156,7 @@ class Squashed(ActionLink):
         return low + 0.5 * (inner + 1.0) * (high - low), epistemic * both, aleatoric * both
 
     def targets(self, actions: Array, outputs: Array, units: Array) -> npt.NDArray[np.float64]:
-        """See ``ActionLink``; the inverse of the tanh, cut where it says little."""
+        """See ``ActionLink``; the inverse of the tanh, cut where it says little. Actions beyond a bound are at it."""
         low, high = (
             bound.reshape(-1).astype(np.float64)
             for bound in (self.space.low, self.space.high)  # type: ignore[attr-defined]

@@ -62,6 +62,11 @@ class ModuleNetwork(Network):
         assert not isinstance(call.observation, dict)
         single = self.is_single(call.observation)
         rows = call.observation[np.newaxis] if single else call.observation
+        shape = self.observation_space.shape
+        if np.shape(rows)[1:] != shape:
+            raise ValueError(
+                f"the observation has shape {np.shape(call.observation)}; expected {shape} or (n, *{shape})"
+            )
         with torch.no_grad():
             outputs: Array = self.module(self._tensor(rows)).cpu().numpy()
         return (outputs[0] if single else outputs), call.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,4 +26,5 @@ def network_of(model: Any, layer: str, states: Array | None) -> Network:
         return ModuleNetwork(model, layer, states)
     raise TypeError(
         f"adapt() takes a model or policy of Stable-Baselines3 or a torch.nn.Module; got {type(model).__name__}"
+        + (f"; load it first, as in SAC.load({str(model)!r})" if isinstance(model, (str, Path)) else "")
     )

@@ -16,23 +16,23 @@ from kbt_rl.networks.links import link_for
 
 
 class SB3Network(Network):
-    """An SB3 policy, alone or in an algorithm: PPO, A2C, SAC, TD3, DDPG, DQN, TQC, TRPO, ARS, RecurrentPPO, MaskablePPO
-    and QR-DQN.
+    """An SB3 policy, alone or in an algorithm.
+
+    Of PPO, A2C, SAC, TD3, DDPG, DQN, TQC, TRPO, ARS, RecurrentPPO, MaskablePPO or QR-DQN.
 
     Args:
         policy: In evaluation mode from now on, as ``predict`` puts it.
 
     Raises:
         TypeError: Its class has none of the layers that are known.
-    """  # noqa: D205
+    """
 
     def __init__(self, policy: BasePolicy) -> None:
         self.policy: Any = policy
         self.observation_space, self.action_space = policy.observation_space, policy.action_space
-        trunk, limit = self._trunk(), None
-        if self.policy.squash_output:
-            limits = [part for part in self.module.modules() if isinstance(part, nn.Hardtanh)]
-            limit = float(limits[0].max_val) if limits else None
+        trunk = self._trunk()
+        last = list(getattr(getattr(policy, "actor", None), "mu", nn.Identity()).children())[-1:]
+        limit = float(last[0].max_val) if last and isinstance(last[0], nn.Hardtanh) else None  # SAC and TQC with gSDE
         *self.before, self.layer = [layer for _, layer in trunk]
         self.link = link_for(self.action_space, bool(policy.squash_output), limit)
         self.recurrent = hasattr(policy, "lstm_actor")

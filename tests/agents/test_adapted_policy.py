@@ -22,7 +22,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from torch import nn
 
-from kbt_rl import AdaptedPolicy, Fallback, HeadConfig, KalmanAdapter, Teacher, adapt
+from kbt_rl import AdaptedPolicy, Fallback, HeadConfig, KalmanAdapter, Sample, Teacher, adapt
+from kbt_rl.agents.adaptation import Adaptation
 from kbt_rl.callbacks import ReopenOnDetection, VarianceGate
 
 PENDULUM, CARTPOLE = "Pendulum-v1", "CartPole-v1"
@@ -69,6 +70,9 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "A2C": lambda: A2C("MlpPolicy", CARTPOLE, seed=0),
     "SAC": lambda: SAC("MlpPolicy", PENDULUM, seed=0),
     "SAC gSDE": lambda: SAC("MlpPolicy", PENDULUM, use_sde=True, seed=0),
+    "SAC gSDE, bounded hidden units": lambda: SAC(
+        "MlpPolicy", PENDULUM, use_sde=True, seed=0, policy_kwargs={"activation_fn": nn.Hardtanh, "clip_mean": 0.0}
+    ),
     "TD3": lambda: TD3("MlpPolicy", PENDULUM, seed=0),
     "DDPG": lambda: DDPG("MlpPolicy", PENDULUM, seed=0),
     "DQN": lambda: DQN("MlpPolicy", CARTPOLE, seed=0),
@@ -279,12 +283,17 @@ def test_modules_are_adapted_as_they_are() -> None:
     np.testing.assert_allclose(policy.predict(rows)[0], expected, atol=1e-6)
     policy.update(rows, expected + 0.5)
     np.testing.assert_allclose(policy.predict(rows)[0], expected + 0.5, atol=0.1)
-    baked = adapt(net, states=rows, skip="none").bake()
-    assert baked is not net
+    plain = adapt(net, states=rows, skip="none")
+    plain.update(rows, expected - 0.5)
+    with torch.no_grad():
+        np.testing.assert_allclose(plain.bake()(torch.from_numpy(rows)).numpy(), plain.predict(rows)[0], atol=1e-5)
+        np.testing.assert_array_equal(net(torch.from_numpy(rows)).numpy(), expected)
     with pytest.raises(
         TypeError, match=r"takes a model or policy of Stable-Baselines3 or a torch\.nn\.Module; got dict"
     ):
         adapt({})
+    with pytest.raises(TypeError, match=r"got str; load it first, as in SAC\.load\('trained\.zip'\)"):
+        adapt("trained.zip")
 
 
 # ---------------------------------------------------------------------- learn
@@ -354,7 +363,7 @@ def test_a_teacher_that_was_trained_in_vec_normalize_sees_what_it_knows() -> Non
     policy = adapted(PPO("MlpPolicy", PENDULUM, seed=1))
     policy.learn(PENDULUM, 300, KalmanAdapter(model))
     assert abs(policy.predict(rows, deterministic=True)[0] - expected).mean() < 0.1
-    with pytest.raises(TypeError, match="a recurrent teacher has to see every observation"):
+    with pytest.raises(TypeError, match="a recurrent expert has to see every observation"):
         Teacher(ALGORITHMS["RecurrentPPO"]())
 
 
@@ -394,10 +403,28 @@ def test_queries_strategies_and_fallbacks_work_for_any_policy() -> None:
 
 def test_a_teacher_of_another_environment_is_refused() -> None:
     policy = adapted(ALGORITHMS["PPO"]())
-    with pytest.raises(ValueError, match="it is a teacher of another env"):
+    with pytest.raises(ValueError, match="it is an expert of another env"):
         policy.learn(PENDULUM, 10, KalmanAdapter(ALGORITHMS["A2C"]()))
     with pytest.raises(ValueError, match="Observation spaces do not match"):
         policy.learn(CARTPOLE, 10)
+
+
+def test_what_an_update_tells_is_in_action_units_also_of_a_label_in_part() -> None:
+    box = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 0.5], np.float32))
+    model = PPO("MlpPolicy", Arms(FLAT, box), n_steps=64, seed=0)
+    policy, twin = adapted(model), adapted(model)
+    rows = observations(model, 1)
+    for label in ([0.3, 0.1], [0.3, np.nan], [np.nan, 0.2]):
+        info = Adaptation(policy, Arms(FLAT, box)).update(Sample(policy.start(rows), np.array([label])))
+        plain, known = twin.update(rows, [label]), ~np.isnan(label)
+        assert info.degrees == plain.labels == known.sum()
+        assert info.log_density == pytest.approx(plain.log_density - np.log([2.0, 0.25])[known].sum(), rel=1e-9)
+        assert info.predictive_variance == pytest.approx(plain.predictive_variance * (4.0 + 0.0625) / 2.0, rel=1e-9)
+
+
+def test_a_model_that_is_not_adapted_is_told_how() -> None:
+    with pytest.raises(TypeError, match=r"adapt\(model\)\.learn\(env, steps, callback=\.\.\.\)"):
+        ALGORITHMS["PPO"]().learn(10, callback=KalmanAdapter(lambda rows: rows))
 
 
 # ---------------------------------------------------------------------- files
@@ -445,6 +472,16 @@ def test_a_head_of_ones_own_choice_is_saved(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         again.predict(rows, deterministic=True)[0], policy.predict(rows, deterministic=True)[0]
     )
+
+
+def test_a_posterior_that_load_would_refuse_is_not_saved(tmp_path: Path) -> None:
+    policy = adapted(ALGORITHMS["PPO"]())
+    path = policy.save(tmp_path / "adapted")
+    content = path.read_bytes()
+    policy.head.misfit.fill_(torch.nan)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="misfit is not finite"):
+        policy.save(path)
+    assert path.read_bytes() == content
 
 
 def test_another_model_a_damaged_file_and_a_missing_one_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from kbt_rl.inference.config import MAX_JOINT_WEIGHTS, HeadConfig
 from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.likelihoods import LIKELIHOODS
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
 
 NAN, INF = float("nan"), float("inf")
 SHAPES = (3, 2)  # features and outputs

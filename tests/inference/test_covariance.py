@@ -16,7 +16,7 @@ from kbt_rl.inference.covariance.neuron import kept_variances
 from kbt_rl.inference.covariance.registry import STRUCTURES as REGISTRY
 from kbt_rl.inference.covariance.stored import Stored
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
-from kbt_rl.inference.likelihoods import LIKELIHOODS
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
 from kbt_rl.inference.network import apply, augment, forward, increment
 from kbt_rl.inference.types import HeadState, LayerShape, Part
 

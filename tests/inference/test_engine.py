@@ -18,7 +18,9 @@ from conftest import MACHINE_CODE, randn
 from torch import Tensor
 
 from kbt_rl.inference.config import HeadConfig
-from kbt_rl.inference.engine import ClassesEngine, OutputsEngine, SmallEngine
+from kbt_rl.inference.engines.classes import ClassesEngine
+from kbt_rl.inference.engines.outputs import OutputsEngine
+from kbt_rl.inference.engines.small import SmallEngine
 from kbt_rl.inference.head import BayesianHead
 
 pytestmark = MACHINE_CODE

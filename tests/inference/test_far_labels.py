@@ -18,7 +18,7 @@ from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.network import FARTHEST
-from kbt_rl.inference.noise import NoiseModel
+from kbt_rl.inference.noise.learned import NoiseModel
 from kbt_rl.inference.types import NoiseEstimate
 
 FEATURES, NOISE = 6, 1e-3

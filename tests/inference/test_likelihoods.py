@@ -18,7 +18,8 @@ from conftest import randn, random_cov, smallest_eigenvalue
 from torch import Tensor
 
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
-from kbt_rl.inference.likelihoods import LIKELIHOODS, Conditioning
+from kbt_rl.inference.likelihoods.base import Conditioning
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
 from kbt_rl.inference.types import Gaussian
 
 inv = torch.linalg.inv

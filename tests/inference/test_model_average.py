@@ -108,7 +108,7 @@ def test_the_mean_follows_every_change() -> None:
         lambda: head.forget(0.9),
         lambda: head.update(features[3:6], target[3:6]),
         lambda: head.load_state_dict(saved),
-        lambda: nn.Sequential(head).load_state_dict({f"0.{name}": value for name, value in saved.items()}),
+        lambda: nn.Sequential(head).load_state_dict(prefixed(saved)),
         lambda: head.reset(torch.ones(OUTPUTS, FEATURES), torch.zeros(OUTPUTS)),
     ]
     for change in changes:
@@ -180,6 +180,46 @@ def test_missing_entries_are_left_out() -> None:
     at = randn(3, FEATURES, seed=20)
     means = head.head.mean_outputs(at).view(3, 3, OUTPUTS), alone.head.mean_outputs(at).view(3, 3, OUTPUTS)
     torch.testing.assert_close(means[0][..., 0], means[1][..., 0], rtol=1e-10, atol=1e-10)
+
+
+def test_rows_without_a_label_are_left_out_whatever_their_features() -> None:
+    features, target = stream()
+    head, alone = average(), average()
+    wild = torch.full((1, FEATURES), torch.nan, dtype=torch.float64)
+    nothing = torch.full((1, OUTPUTS), torch.nan, dtype=torch.float64)
+    info = head.update(torch.cat([wild, features, wild]), torch.cat([nothing, target, nothing]))
+    assert info == alone.update(features, target)
+    assert bits(head) == bits(alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("log_shares", torch.nan, "is not finite"),
+        ("misfit", -1.0, "not positive"),
+        ("dof", 0.0, "not positive"),
+        ("last", torch.inf, "is not finite"),
+        ("head.mean", torch.nan, "holds NaN or infinity"),
+    ],
+)
+def test_broken_evidence_is_not_loaded(name: str, value: float, message: str) -> None:
+    head = average()
+    head.update(*stream())
+    before, saved = bits(head), head.state_dict()
+    saved = {key: tensor.clone() for key, tensor in saved.items()}
+    saved[name].fill_(value)
+    for load in (head.load_state_dict, lambda state: nn.Sequential(head).load_state_dict(prefixed(state))):
+        with pytest.raises(RuntimeError, match=message):
+            load(saved)
+        assert bits(head) == before
+    for key in saved:
+        shorter = {**head.state_dict(), key: saved[key].float() if saved[key].is_floating_point() else saved[key].int()}
+        with pytest.raises(RuntimeError, match=r"in the file and torch\.\w+ in the head"):
+            head.load_state_dict(shorter)
+
+
+def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"0.{name}": value for name, value in state.items()}
 
 
 def test_an_update_without_labels_changes_nothing() -> None:

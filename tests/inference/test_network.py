@@ -14,7 +14,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from kbt_rl.inference.covariance.registry import STRUCTURES as REGISTRY
-from kbt_rl.inference.likelihoods import LIKELIHOODS
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
 from kbt_rl.inference.network import apply, forward, increment, predict_logits, weights_of
 from kbt_rl.inference.types import Gaussian, HeadSpec, HeadState
 

@@ -16,7 +16,7 @@ from wholeness.attacks import bits
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.noise import NoiseModel
+from kbt_rl.inference.noise.learned import NoiseModel
 from kbt_rl.inference.types import Array, NoiseEstimate
 
 FEATURES = 3

@@ -11,7 +11,7 @@ from conftest import randn, random_state, smallest_eigenvalue
 from torch import Tensor
 
 from kbt_rl.inference.covariance.registry import STRUCTURES
-from kbt_rl.inference.likelihoods import LIKELIHOODS
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
 from kbt_rl.inference.network import apply, increment, weights_of
 from kbt_rl.inference.paper import Cross, rts_update
 from kbt_rl.inference.prior import layer_shapes, prior_layers, prior_means

@@ -18,7 +18,7 @@ from conftest import randn
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.likelihoods import LIKELIHOODS
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 FEATURES = 3

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.noise import NoiseModel
+from kbt_rl.inference.noise.learned import NoiseModel
 from kbt_rl.inference.student_t import StudentNoise
 from kbt_rl.inference.types import NoiseEstimate
 

@@ -18,7 +18,7 @@ from wholeness.attacks import bits
 
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
-from kbt_rl.inference.likelihoods import LIKELIHOODS
+from kbt_rl.inference.likelihoods.registry import LIKELIHOODS
 from kbt_rl.inference.transactions import replace_buffers
 
 NAN, INF = float("nan"), float("inf")

@@ -100,8 +100,10 @@ def test_what_all_scores_have_in_common_is_not_learned() -> None:
 @pytest.mark.parametrize(
     ("link", "value", "kind", "message"),
     [
-        (Clipped(BOX), [[1.0, 2.0, 3.0]], "action", r"shape \(1, 3\); expected \(1, 2\)"),
+        (Clipped(BOX), [[1.0, 2.0, 3.0]], "action", r"shape \(1, 3\); expected \(1, 2\) or \(2,\)"),
         (Clipped(BOX), [[1.0, np.inf]], "action", "infinite"),
+        (Squashed(BOX), [[1.0, np.inf]], "action", "infinite"),
+        (Scores(spaces.Discrete(2)), [[0.5, -np.inf]], "output", "infinite"),
         (Clipped(BOX), [[1.0, 1j]], "action", "expected real numbers"),
         (Clipped(BOX), [[0.5, 0.5]], "probabilities", "labels of this policy are 'action' or 'output'"),
         (Scores(spaces.Discrete(2)), [2], "action", "whole numbers 0 to 1"),

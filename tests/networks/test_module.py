@@ -80,6 +80,13 @@ def test_it_runs_one_observation_and_rows_of_them() -> None:
     np.testing.assert_allclose(network.run(Call(STATES[0]))[0], expected[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (), (2, 2, 4)])
+def test_an_observation_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    network = ModuleNetwork(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)))
+    with pytest.raises(ValueError, match=r"expected \(4,\) or \(n, \*\(4,\)\)"):
+        network.run(Call(np.zeros(shape, np.float32)))
+
+
 def test_looking_for_layers_leaves_no_hooks_and_no_gradients() -> None:
     module = Reversed()
     ModuleNetwork(module, states=STATES)

@@ -292,3 +292,32 @@ def by_rows(input_cov: Tensor, rows: int) -> Tensor:
     """``(..., B m, B m)`` as ``(..., B, m, B, m)``."""
     width = input_cov.shape[-1] // rows
     return input_cov.reshape(*input_cov.shape[:-2], rows, width, rows, width)
+
+
+def eye(like: Tensor) -> Tensor:
+    """The identity with as many rows as ``like``, in its dtype and place."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
+
+
+def inverse_root(matrix: Tensor, name: str) -> Tensor:
+    """``L^-1`` for ``matrix = L L'``; says what is wrong instead of repairing it."""
+    if matrix.shape[-1] == 1:
+        value = float(matrix)
+        if not value > 0.0:
+            raise NotPositiveDefiniteError(name, value)
+        return matrix.rsqrt()
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    # A singular matrix often factorises by rounding; its last pivot is then noise, and its inverse too.
+    lost = 64.0 * len(matrix) * torch.finfo(matrix.dtype).eps
+    if int(failed) or bool((root.diagonal().square() <= lost * matrix.diagonal()).any()):
+        finite = bool(torch.isfinite(matrix).all())
+        values = torch.linalg.eigvalsh(matrix) if finite else torch.full((1,), float("nan"))
+        raise NotPositiveDefiniteError(name, float(values[0]), float(values[-1]))
+    inverse: Tensor = torch.linalg.solve_triangular(root, eye(matrix), upper=False)
+    return inverse
+
+
+def signed_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``F, signs`` with ``F diag(signs) F'`` equal to the symmetric, possibly indefinite matrix."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+    return vectors * values.abs().sqrt(), values.sign()

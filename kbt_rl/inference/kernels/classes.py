@@ -81,7 +81,7 @@ def _softmax(values: Array, shift: Array, out: Array) -> float:
 
 @compiled
 def _damped(probabilities: Array, variance: Array, step: Array, out: Array) -> None:
-    """``(I + F S)^-1 step``, see ``likelihoods._damped_each``."""
+    """``(I + F S)^-1 step``, see ``likelihoods.softmax._damped_each``."""
     total = inner = 0.0
     for v in range(step.size):
         weight = probabilities[v] / (1.0 + variance[v] * probabilities[v])

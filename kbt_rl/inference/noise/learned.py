@@ -20,19 +20,15 @@ variational Bayesian approximations". The learners differ in ``n``, the labels' 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kbt_rl.inference.density import log_density, scalar_log_density
 from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
-from kbt_rl.inference.likelihoods import EachConditioning
+from kbt_rl.inference.noise.base import NoiseSettings, above_floor, cholesky
 from kbt_rl.inference.student_t import Site, StudentNoise
 from kbt_rl.inference.types import Array, NoiseEstimate
 
@@ -42,41 +38,16 @@ _TOO_SMALL = (
     "the label noise is too small beside the variance of the prediction to weigh a label in float64; the posterior is "
     "unchanged. Raise the noise variance or lower the prior"
 )
-# Largest variance of a learned noise over its smallest that leaves the smaller one three digits.
-_MOST_APART = 1e13
 # Fixed-point iterations of the variational learner within one update.
 _ITERATIONS = 2
-
-
-class NoiseSettings(Protocol):
-    """Of a ``HeadConfig``, what says how its noise is judged."""
-
-    @property
-    def noise(self) -> str:
-        """A name of ``NOISES``."""
-
-    @property
-    def noise_statistic(self) -> str:
-        """One of ``STATISTICS``."""
-
-    @property
-    def noise_memory(self) -> float:
-        """Labels over which a learned noise averages."""
-
-    @property
-    def noise_floor(self) -> float:
-        """Smallest variance that is learned."""
-
-    @property
-    def robust_dof(self) -> float | None:
-        """Degrees of freedom of Student's t noise; None for Gaussian noise."""
+STATISTICS = ("innovation", "variational")
 
 
 class Judgement(NamedTuple):
     """What a noise model makes of labelled rows.
 
     Attributes:
-        mean_step: ``dm`` of ``likelihoods.Conditioning``, ``(B o,)``.
+        mean_step: ``dm`` of ``likelihoods.base.Conditioning``, ``(B o,)``.
         directions: ``W`` of the same, ``(B o, B o)``; its noise is 1 in every direction.
         weight: Average label weight: about 1 for ordinary labels, near 0 for wild ones.
         nis: Normalised innovation squared under the noise as it was before these labels.
@@ -92,29 +63,6 @@ class Judgement(NamedTuple):
     log_density: float
     estimate: NoiseEstimate
     repairs: int
-
-
-class NoiseBelief(NamedTuple):
-    """How the noise is judged, and what it is thought to be before an update."""
-
-    model: NoiseModel | ConjugateNoise
-    estimate: NoiseEstimate
-
-
-@contextmanager
-def huge_values_refused() -> Iterator[None]:
-    """What leaves the range of float64 while labels are judged becomes NaN, which is refused, or an UpdateError.
-
-    Warnings about it would say less, and are errors where warnings are.
-    """
-    try:
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            yield
-    except (ArithmeticError, np.linalg.LinAlgError) as error:
-        raise UpdateError(
-            "the update is not finite where the noise is judged; the posterior is unchanged. Check features and target "
-            "for huge values."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -215,7 +163,7 @@ class NoiseModel:
         rows, o = error.shape
         own = [cov[b * o : (b + 1) * o, b * o : (b + 1) * o] for b in range(rows)]
         # In units of the noise R is 1, so that W is (S + 1)^-1 and symmetric.
-        root = _cholesky(estimate.cov)
+        root = cholesky(estimate.cov)
         whitener = np.linalg.inv(root)
         big = np.kron(np.eye(rows), whitener)
         share, nis = np.empty_like(cov), math.nan
@@ -270,7 +218,7 @@ class NoiseModel:
         """
         rows, o = error.shape
         if self.student is None:
-            whitener = np.linalg.inv(_cholesky(noise))
+            whitener = np.linalg.inv(cholesky(noise))
             sites = [Site(whitener.T, whitener.T @ (whitener @ row), 1.0) for row in error]
         else:
             try:
@@ -281,7 +229,7 @@ class NoiseModel:
         for b, site in enumerate(sites):
             root[b * o : (b + 1) * o, b * o : (b + 1) * o] = site.root
         shift = np.concatenate([site.shift for site in sites])
-        inner = _cholesky(np.eye(rows * o) + root.T @ cov @ root)
+        inner = cholesky(np.eye(rows * o) + root.T @ cov @ root)
         factor = np.linalg.solve(inner, root.T).T
         return shift - factor @ (factor.T @ (cov @ shift)), root, sum(site.weight for site in sites) / rows
 
@@ -309,104 +257,6 @@ class NoiseModel:
         return float((1.0 - 1.0 / self.memory) ** rows)
 
 
-class EachJudgement(NamedTuple):
-    """What a conjugate noise makes of a label.
-
-    Attributes:
-        answer: The step and the measurement of each output, in units of its noise.
-        estimate: What the noise is thought to be after it.
-        scale: What it was thought to be before, the variance of each output, ``(o,)``.
-        dof: Smallest degrees of freedom of the predictive Student's t distributions of the outputs that had a label.
-    """
-
-    answer: EachConditioning
-    estimate: NoiseEstimate
-    scale: Tensor
-    dof: float
-
-
-@dataclass(frozen=True)
-class ConjugateNoise:
-    """Noise that is learned exactly, together with weights whose covariance ``V (x) P`` is in units of it.
-
-    ``V`` has an inverse-Wishart distribution, and a label with the one-step-ahead error ``e`` and ``s = h' P h`` is
-    predicted by Student's t distribution with ``nu`` degrees of freedom and the scale ``(1 + s) V``. It leaves
-
-        V <- (nu V + e e' / (1 + s)) / (nu + 1),        nu <- nu + 1
-
-    (matrix-normal inverse-Wishart regression, e.g. Murphy 2012, section 7.6.3, with ``nu`` the degrees of freedom of
-    the predictive distribution rather than of the inverse-Wishart: those do not change where outputs are left out.) A
-    label that only some outputs have makes them independent of the others from then on; each marginal distribution
-    stays exact.
-
-    Attributes:
-        memory: Labels over which the estimate averages; infinite for a noise that never changes, which is exact.
-        floor: Smallest noise variance that is learned, in any direction.
-    """
-
-    memory: float
-    floor: float
-    learned: bool = True
-    robust_dof: None = None
-
-    def judge_each(self, innovation: Tensor, spread: Tensor, group: Tensor, estimate: NoiseEstimate) -> EachJudgement:
-        """Condition on a label.
-
-        Args:
-            innovation: Label minus predicted mean, NaN where there is none, ``(o,)``.
-            spread: ``s`` of each output.
-            group: Outputs of different groups are independent, ``(o,)``.
-            estimate: The noise before the label; ``labels`` are the degrees of freedom of each output.
-        """
-        error, spreads = (value.cpu().numpy() for value in (innovation, spread))
-        given, members = ~np.isnan(error), group.cpu().numpy()
-        with np.errstate(over="ignore", invalid="ignore"):
-            white = np.where(given, error, 0.0) / np.sqrt(1.0 + spreads)
-            cov, dof = estimate.cov.copy(), np.asarray(estimate.labels, dtype=np.float64).copy()
-            # Weights that were reopened are one group again, but not so what is known of each output's noise.
-            known = np.stack([given, members, dof])
-            cov[(known[:, :, None] != known[:, None]).any(0)] = 0.0
-            nis = density = 0.0
-            repairs = 0
-            for kind in np.unique(known[:, given], axis=1).T:
-                own = np.flatnonzero((known == kind[:, None]).all(0))
-                block = np.ix_(own, own)
-                root = _cholesky(cov[block])
-                nu, square = float(kind[2]), float(np.square(np.linalg.solve(root, white[own])).sum())
-                log_det = 2.0 * float(np.log(root.diagonal()).sum()) + float(np.log1p(spreads[own]).sum())
-                density += student_log_density(square, log_det, nu, len(own))
-                nis += square
-                kept = min(nu, max(self.memory - 1.0, 0.0)) if math.isfinite(self.memory) else nu
-                moved = (kept * cov[block] + np.outer(white[own], white[own])) / (kept + 1.0)
-                cov[block], raised = above_floor(moved, self.floor)
-                dof[own] = kept + 1.0
-                repairs += raised
-        if not np.isfinite(cov).all():
-            raise UpdateError(
-                "the learned noise is not finite; the posterior is unchanged. Check the target for huge values"
-            )
-        step = torch.where(torch.isnan(innovation), 0.0, innovation) / (1.0 + spread)
-        noise = torch.where(torch.isnan(innovation), torch.inf, 1.0)
-        as_scalar = innovation.new_tensor
-        answer = EachConditioning(
-            step, noise.to(step), torch.nan_to_num(innovation, nan=0.0), as_scalar(nis), as_scalar(density)
-        )
-        labels = np.asarray(estimate.labels)[given]
-        scale = torch.from_numpy(estimate.cov.diagonal().copy()).to(step)
-        return EachJudgement(answer, NoiseEstimate(cov, dof), scale, float(labels.min(initial=math.inf)))
-
-
-def student_log_density(square: float, log_det: float, dof: float, size: int) -> float:
-    """Of Student's t distribution: squared error in units of its scale, log determinant of the scale, dimension."""
-    half = 0.5 * (dof + size)
-    return (
-        math.lgamma(half)
-        - math.lgamma(0.5 * dof)
-        - 0.5 * (size * math.log(dof * math.pi) + log_det)
-        - half * math.log1p(square / dof)
-    )
-
-
 def _second_moment(white: Array, cov: Array, share: Array) -> Array:
     """Second moment of the noise after the update, ``W e e' W' + W S``, summed over the rows, ``(o, o)``."""
     rows, o = white.shape
@@ -420,36 +270,3 @@ def _own_blocks(matrix: Array, o: int) -> Array:
     rows = len(matrix) // o
     total: Array = np.einsum("bibj->ij", matrix.reshape(rows, o, rows, o))
     return total
-
-
-def _cholesky(cov: Array) -> Array:
-    try:
-        return np.asarray(np.linalg.cholesky(cov), dtype=np.float64)
-    except np.linalg.LinAlgError as error:
-        raise NotPositiveDefiniteError("label noise covariance", float(np.linalg.eigvalsh(cov)[0])) from error
-
-
-def above_floor(cov: Array, floor: float) -> tuple[Array, int]:
-    """The covariance, made symmetric, with no variance in any direction below the floor, and the repairs of it.
-
-    After a wild label one direction may be so much noisier than another that float64 does not hold both. The smallest
-    variance is then raised to what it can hold, which trusts labels less, never more, and is counted.
-    """
-    cov = 0.5 * (cov + cov.T)
-    values, vectors = np.linalg.eigh(cov)
-    resolved = values[-1] / _MOST_APART
-    if values[0] >= max(floor, resolved):
-        return cov, 0
-    raised = (vectors * np.maximum(values, max(floor, resolved))) @ vectors.T
-    symmetric: Array = 0.5 * (raised + raised.T)
-    return symmetric, int(max(values[0], floor) < resolved)
-
-
-# How a noise is judged, by name: None for one that is known and Gaussian.
-NOISES: dict[str, Callable[[NoiseSettings, int, bool], NoiseModel | ConjugateNoise | None]] = {
-    "fixed": lambda config, outputs, conjugate: NoiseModel.of(config, outputs),
-    "learned": lambda config, outputs, conjugate: (
-        ConjugateNoise(config.noise_memory, config.noise_floor) if conjugate else NoiseModel.of(config, outputs)
-    ),
-}
-STATISTICS = ("innovation", "variational")

@@ -1,155 +1,17 @@
-"""What a target says about the output: the rules that condition the outputs of the last layer.
-
-Every rule answers in the same form: the step ``dm = S^-1 (m+ - m)`` for the predicted mean ``m`` and covariance ``S``
-of the outputs, all rows jointly, and a measurement of ``W' u`` with noise that leaves of ``S`` what the rule leaves.
-The weights then move by ``Cov(w, u) dm``, and their covariance by the same measurement.
-
-For the identity link there are ``measure`` (Bayes' rule with Gaussian noise) and ``replace`` (Algorithm 2, lines 23 and
-24, as printed); for the softmax link ``laplace``, ``fisher``, ``taylor``, and ``replace_softmax`` (as printed). Where
-the outputs are independent, ``each`` does the same in time and memory proportional to their number.
-
-Beside the step every rule tells how probable the target was before it was seen. With the identity link that is the
-Gaussian density of all target entries jointly. With the softmax link it is the probability of the labels at the mean
-logits, ``sum y log softmax(m)``, which is what the head predicts to first order: rows count as independent, and the
-spread of the logits is left out.
-"""
+"""Rules for the softmax link: a class, or a distribution over classes, was seen."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kbt_rl.inference.covariance.roots import sums_of_others
-from kbt_rl.inference.density import LOG_TWO_PI
-from kbt_rl.inference.errors import NotPositiveDefiniteError, UpdateError
+from kbt_rl.inference.covariance.roots import eye, inverse_root, signed_root, sums_of_others
+from kbt_rl.inference.errors import UpdateError
+from kbt_rl.inference.likelihoods.base import Conditioning, EachConditioning, Likelihood, Link
 from kbt_rl.inference.moments import softmax_jacobian
 from kbt_rl.inference.types import Gaussian
-
-Link = Literal["identity", "softmax"]
-
-
-class Conditioning(NamedTuple):
-    """The answer of a rule for all rows jointly, ``r`` outputs.
-
-    Attributes:
-        mean_step: ``dm``, ``(r,)``.
-        directions: ``W``, what is measured of the outputs, ``(r, q)``.
-        noise_cov: Of that measurement, ``(q, q)``.
-        innovation: Target minus prediction, ``(r,)``.
-        nis: Normalised innovation squared: chi-square with as many degrees of freedom as free target entries if the
-            prediction is calibrated.
-        log_density: Logarithm of the predictive density or probability of the target.
-        log_ratio: See ``UpdateInfo``.
-        change: ``F`` ``(r, q)`` and signs ``(q,)`` with ``S^-1 (S+ - S) S^-1 = F diag(signs) F'``, for a rule that is
-            no measurement; ``directions`` and ``noise_cov`` are then not used.
-    """
-
-    mean_step: Tensor
-    directions: Tensor
-    noise_cov: Tensor
-    innovation: Tensor
-    nis: Tensor
-    log_density: Tensor
-    log_ratio: float = math.nan
-    change: tuple[Tensor, Tensor] | None = None
-
-
-class EachConditioning(NamedTuple):
-    """As ``Conditioning`` for the independent outputs of one row: a measurement of each, with noise ``(o,)``.
-
-    Infinite noise stands for none.
-    """
-
-    mean_step: Tensor
-    noise: Tensor
-    innovation: Tensor
-    nis: Tensor
-    log_density: Tensor
-    log_ratio: float = math.nan
-
-
-class Likelihood(ABC):
-    """A link, and how a target conditions the outputs. Stateless.
-
-    Attributes:
-        link: What the outputs are.
-        has_each: Whether ``each`` is there.
-    """
-
-    link: Link
-    has_each = False
-
-    @abstractmethod
-    def condition(self, predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
-        """Condition on the targets of rows.
-
-        Args:
-            predicted: Of all rows jointly, mean ``(B o,)`` and covariance ``(B o, B o)``.
-            target: ``(B, o)``.
-            noise_cov: Of all rows jointly, ``(B o, B o)``; for rules that have a noise.
-        """
-
-    def each(
-        self, mean: Tensor, variance: Tensor, target: Tensor, noise: Tensor, active: float
-    ) -> EachConditioning | None:
-        """The same for one row with independent outputs, all ``(o,)``; None for a rule that has no such form.
-
-        ``active`` is the probability up to which a class keeps its covariance, if it is not the label's.
-        """
-        return None
-
-
-class Measure(Likelihood):
-    """Bayes' rule for ``y = u + noise``: ``dm = (S+R)^-1 (y-m)``."""
-
-    link: Link = "identity"
-    has_each = True
-
-    def condition(self, predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
-        """See ``Likelihood``."""
-        innovation = target.flatten() - predicted.mean
-        root = inverse_root(predicted.cov + noise_cov, "the predicted covariance plus noise")
-        white = root @ innovation
-        nis = white @ white
-        density = _gaussian_log_density(root, nis)
-        return Conditioning(root.mT @ white, _eye(innovation), noise_cov, innovation, nis, density)
-
-    def each(self, mean: Tensor, variance: Tensor, target: Tensor, noise: Tensor, active: float) -> EachConditioning:
-        """See ``Likelihood``; an entry of NaN has no label."""
-        given = ~torch.isnan(target)
-        innovation = torch.where(given, target - mean, 0.0)
-        total = variance + noise
-        if not bool((total > 0.0).all()):
-            raise NotPositiveDefiniteError("the predicted variance plus noise", float(total.min()))
-        step = innovation / total
-        nis = innovation @ step
-        density = -0.5 * (nis + torch.where(given, total.log() + LOG_TWO_PI, 0.0).sum())
-        return EachConditioning(step, torch.where(given, noise, torch.inf), innovation, nis, density)
-
-
-class Replace(Likelihood):
-    """Force the output to ``N(y, Sigma_data)`` as Algorithm 2 prints it: ``dm = S^-1 (y-m)``.
-
-    This is not Bayes' rule: the covariance grows where ``Sigma_data > S``, and the mean keeps chasing the noise.
-    """
-
-    link: Link = "identity"
-
-    def condition(self, predicted: Gaussian, target: Tensor, noise_cov: Tensor) -> Conditioning:
-        """See ``Likelihood``; ``noise_cov`` is ``Sigma_data``."""
-        innovation = target.flatten() - predicted.mean
-        root = inverse_root(predicted.cov, "the predicted covariance, which the rule 'replace' inverts without noise")
-        inverse = root.mT @ root
-        change = _signed_root(inverse @ noise_cov @ inverse - inverse)
-        predictive = inverse_root(predicted.cov + noise_cov, "the predicted covariance plus noise")
-        white = predictive @ innovation
-        nis = white @ white
-        density = _gaussian_log_density(predictive, nis)
-        return Conditioning(inverse @ innovation, _eye(innovation), noise_cov, innovation, nis, density, change=change)
 
 
 class Fisher(Likelihood):
@@ -297,24 +159,11 @@ class ReplaceSoftmax(Likelihood):
         predicted_cov.diagonal().add_(_PRINTED_SOFTMAX_RIDGE)
         root = inverse_root(predicted_cov, "J S J' + epsilon I of the softmax")
         gain = jacobian.mT @ root.mT @ root
-        change = _signed_root(gain @ (noise_cov - predicted_cov) @ gain.mT)
+        change = signed_root(gain @ (noise_cov - predicted_cov) @ gain.mT)
         nis = _softmax_nis(predicted, probabilities, innovation)
         density = _log_probability(predicted, target)
         ratio = _log_ratio(predicted.mean.view_as(target), target)
         return Conditioning(gain @ innovation, jacobian.mT, noise_cov, innovation, nis, density, ratio, change)
-
-
-LIKELIHOODS: dict[str, Likelihood] = {
-    "measure": Measure(),
-    "replace": Replace(),
-    "laplace": Laplace(),
-    "fisher": Fisher(),
-    "taylor": Taylor(),
-    "replace_softmax": ReplaceSoftmax(),
-}
-
-
-# ---------------------------------------------------------------------- the softmax, all rows jointly
 
 
 def _information_root(probabilities: Tensor) -> Tensor:
@@ -348,7 +197,7 @@ def _softmax_conditioning(
     nis = _nis_from_step(probabilities.flatten(), innovation, first)
     ratio = _log_ratio(predicted.mean.view_as(target), target)
     density = _log_probability(predicted, target)
-    return Conditioning(step, root, _eye(innovation), innovation, nis, density, ratio)
+    return Conditioning(step, root, eye(innovation), innovation, nis, density, ratio)
 
 
 def _softmax_nis(predicted: Gaussian, probabilities: Tensor, innovation: Tensor) -> Tensor:
@@ -376,9 +225,6 @@ def _log_ratio(logits: Tensor, target: Tensor) -> float:
 def _log_probability(predicted: Gaussian, target: Tensor) -> Tensor:
     """``sum_b y_b' log softmax(m_b)``: of one-hot rows the log probability of the labels at the mean logits."""
     return (target * torch.log_softmax(predicted.mean.view_as(target), dim=-1)).sum()
-
-
-# ---------------------------------------------------------------------- the softmax of independent classes
 
 
 def _damped_each(probabilities: Tensor, variance: Tensor, step: Tensor) -> Tensor:
@@ -411,40 +257,3 @@ def _each_class(
     nis = _nis_from_step(probabilities, innovation, first)
     density = (target * torch.log_softmax(mean, dim=-1)).sum()
     return EachConditioning(step, noise, innovation, nis, density, _log_ratio(mean, target))
-
-
-# ---------------------------------------------------------------------- matrices
-
-
-def _eye(like: Tensor) -> Tensor:
-    return torch.eye(len(like), dtype=like.dtype, device=like.device)
-
-
-def inverse_root(matrix: Tensor, name: str) -> Tensor:
-    """``L^-1`` for ``matrix = L L'``; says what is wrong instead of repairing it."""
-    if matrix.shape[-1] == 1:
-        value = float(matrix)
-        if not value > 0.0:
-            raise NotPositiveDefiniteError(name, value)
-        return matrix.rsqrt()
-    root, failed = torch.linalg.cholesky_ex(matrix)
-    # A singular matrix often factorises by rounding; its last pivot is then noise, and its inverse too.
-    lost = 64.0 * len(matrix) * torch.finfo(matrix.dtype).eps
-    if int(failed) or bool((root.diagonal().square() <= lost * matrix.diagonal()).any()):
-        finite = bool(torch.isfinite(matrix).all())
-        values = torch.linalg.eigvalsh(matrix) if finite else torch.full((1,), float("nan"))
-        raise NotPositiveDefiniteError(name, float(values[0]), float(values[-1]))
-    inverse: Tensor = torch.linalg.solve_triangular(root, _eye(matrix), upper=False)
-    return inverse
-
-
-def _signed_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``F, signs`` with ``F diag(signs) F'`` equal to the symmetric, possibly indefinite matrix."""
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
-    return vectors * values.abs().sqrt(), values.sign()
-
-
-def _gaussian_log_density(root: Tensor, nis: Tensor) -> Tensor:
-    """Of a vector with the squared innovation ``nis`` and the covariance ``P``, given ``L^-1`` for ``P = L L'``."""
-    # log det P = -2 sum log diag(L^-1).
-    return root.diagonal().log().sum() - 0.5 * (nis + len(root) * LOG_TWO_PI)

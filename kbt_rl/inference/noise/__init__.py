@@ -1,0 +1,1 @@
+"""The noise of the labels where it is not simply known; ``registry`` has the models by name."""
