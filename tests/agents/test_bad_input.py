@@ -264,9 +264,9 @@ def test_an_unbounded_space_needs_a_label_box() -> None:
 
 
 def test_adapters_teach_the_learners_of_this_library() -> None:
-    with pytest.raises(TypeError, match="no update"):
+    with pytest.raises(TypeError, match="PPO learns by itself: adapt"):
         PPO("MlpPolicy", NOMINAL, n_steps=2, batch_size=2).learn(2, callback=OnlineAdapter(expert()))
-    with pytest.raises(TypeError, match="use OnlineAdapter for WarmStart"):
+    with pytest.raises(TypeError, match="which WarmStart has not; use OnlineAdapter"):
         warm_start().learn(1, callback=KalmanAdapter(expert()))
 
 
