@@ -1,0 +1,262 @@
+"""The rivals on real SB3 policies, and each closed form and each step against a second derivation."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO, SAC, TD3
+
+from kbt_rl.agents.sample import Sample
+from kbt_rl.agents.tapped_policy import Glimpse
+from kbt_rl.networks.normaliser import Normaliser
+from kbt_rl.networks.sb3 import SB3Network
+from studies.rivals.base import Rival, Start, body
+from studies.rivals.last_layer import LastLayer
+from studies.rivals.registry import CANDIDATES, RIVALS
+
+TWO, THREE = spaces.Box(-2.0, 2.0, (2,)), spaces.Discrete(3)
+SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [16, 16]}, "seed": 0, "device": "cpu"}
+STATES = np.random.default_rng(0).normal(1.0, 2.0, (200, 3)).astype(np.float32)
+NORMALISER = Normaliser({"": np.ones(3)}, {"": np.full(3, 4.0)}, 10.0, 1e-8)
+POLICIES = ("PPO", "PPO discrete", "SAC")
+#: A setting of each rival that suits so small a policy.
+SENSIBLE: dict[str, dict[str, Any]] = {
+    "warm start": {"memory": 10, "learning_rate": 1e-3},
+    "Adam": {"learning_rate": 3e-3},
+    "replay": {"learning_rate": 3e-3, "replayed": 4},
+    "RLS": {"forgetting": 0.999, "delta": 1.0},
+    "low-rank EKF": {"rank": 4, "noise_variance": 1e-2, "hidden_variance": 1e-3, "last_variance": 0.1},
+}
+
+
+class Nothing(gym.Env[Any, Any]):
+    """Spaces alone."""
+
+    observation_space: spaces.Space[Any] = spaces.Box(-np.inf, np.inf, (3,))
+
+    def __init__(self, actions: spaces.Space[Any]) -> None:
+        self.action_space = actions
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(3, np.float32), {}
+
+
+@lru_cache
+def trained(name: str) -> Any:
+    small = copy.deepcopy(SMALL)  # SB3 writes into it
+    if name == "SAC":
+        return SAC("MlpPolicy", Nothing(TWO), buffer_size=10, **small).policy
+    if name == "TD3":
+        return TD3("MlpPolicy", Nothing(TWO), buffer_size=10, **small).policy
+    return PPO("MlpPolicy", Nothing(THREE if name == "PPO discrete" else TWO), n_steps=64, **small).policy
+
+
+def start(name: str = "PPO") -> Start:
+    return Start(copy.deepcopy(trained(name)), NORMALISER, STATES)
+
+
+def make(rival: str, name: str = "PPO", **changes: Any) -> Any:
+    return RIVALS[rival](start(name), **{**SENSIBLE[rival], **changes})
+
+
+def samples(rival: Rival, count: int = 30) -> list[Sample]:
+    """Outputs of a linear teacher, one state at a time."""
+    size = rival.units.shape[1]
+    weights = np.random.default_rng(1).normal(0.0, 0.3, (3, size))
+    labels = NORMALISER(STATES[:count]) @ weights + 0.2
+    return [Sample(STATES[i : i + 1], labels[i : i + 1], kind="output") for i in range(count)]
+
+
+def error(rival: Rival, rows: list[Sample]) -> float:
+    """Root mean square of what a label says is wrong, of all labels."""
+    states, labels = (np.concatenate(parts) for parts in zip(*((row.context, row.target) for row in rows), strict=True))
+    outputs = rival.outputs(rival.inputs(states))
+    wanted = SB3Network(rival.policy.policy).link.label(labels, "output", outputs, rival.units.numpy()[0])
+    return float(np.sqrt(np.mean((wanted - outputs) ** 2)))
+
+
+def actions(rival: Rival) -> Any:
+    return rival.policy.predict(STATES, deterministic=True)[0]
+
+
+def known(rival: LastLayer, rows: list[Sample]) -> tuple[Any, Any, Any]:
+    """Features with a one ``(n, d + 1)``, labels in units ``(n, o)`` and the layer in units ``(o, d + 1)``."""
+    inputs = rival.inputs(np.concatenate([row.context for row in rows]))
+    features = rival.hidden(inputs).double().numpy()
+    labels = np.concatenate([row.target for row in rows]) / rival.units.numpy()
+    return np.c_[features, np.ones(len(features))], labels, rival.mean.copy()
+
+
+# ---------------------------------------------------------------------- what all promise
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "TD3"])
+def test_the_body_ends_with_the_outputs_that_the_policy_acts_by(name: str) -> None:
+    policy = start(name).policy
+    rows = NORMALISER(STATES)
+    outputs = body(policy)(torch.as_tensor(rows)).detach().double().numpy()
+    wanted = policy.predict(rows, deterministic=True)[0]
+    np.testing.assert_allclose(SB3Network(policy).link.decide(outputs), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("rival", RIVALS)
+def test_before_the_first_label_a_rival_acts_as_the_plain_policy(rival: str, name: str) -> None:
+    wanted = trained(name).predict(NORMALISER(STATES), deterministic=True)[0]
+    np.testing.assert_array_equal(actions(make(rival, name)), wanted)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("rival", RIVALS)
+def test_thirty_labels_of_a_linear_teacher_bring_the_error_down(rival: str, name: str) -> None:
+    learner = make(rival, name)
+    rows = samples(learner)
+    before = error(learner, rows)
+    for row in rows:
+        learner.update(row)
+    assert error(learner, rows) < 0.95 * before
+    assert learner.failed == 0
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_label_of_nan_changes_nothing(rival: str) -> None:
+    learner, other = make(rival), make(rival)
+    for row in samples(learner, 12):
+        learner.update(row)
+        learner.update(row._replace(target=np.full((1, 2), np.nan)))
+        other.update(row)
+    np.testing.assert_array_equal(learner.vector(), other.vector())
+    np.testing.assert_array_equal(actions(learner), actions(other))
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_an_output_without_a_label_is_no_error(rival: str) -> None:
+    learner = make(rival)
+    for row in samples(learner, 20):
+        learner.update(row._replace(target=np.array([[row.target[0, 0], np.nan]])))
+    assert learner.failed == 0
+    assert np.isfinite(actions(learner)).all()
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_the_same_seed_gives_the_same_bits(rival: str) -> None:
+    one, two = make(rival), make(rival)
+    torch.manual_seed(1)
+    for row in samples(one):
+        one.update(row)
+    torch.manual_seed(2)
+    for row in samples(two):
+        two.update(row)
+    np.testing.assert_array_equal(one.vector(), two.vector())
+    np.testing.assert_array_equal(actions(one), actions(two))
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_copy_of_the_policy_stays_as_it_was(rival: str) -> None:
+    learner = make(rival)
+    rows = samples(learner)
+    for row in rows[:20]:
+        learner.update(row)
+    kept, wanted = copy.deepcopy(learner.policy), actions(learner)
+    for row in rows:
+        learner.update(row)
+    np.testing.assert_array_equal(kept.predict(STATES, deterministic=True)[0], wanted)
+    assert np.abs(actions(learner) - wanted).max() > 1e-5
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_rival_learns_from_a_glimpse_as_from_the_observation(rival: str) -> None:
+    by_glimpse, by_state = make(rival), make(rival)
+    for row in samples(by_state, 12):
+        by_state.update(row)
+        by_glimpse.update(row._replace(context=Glimpse(row.context, torch.zeros(1, 16), None)))
+    np.testing.assert_array_equal(actions(by_glimpse), actions(by_state))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_rival_learns_from_actions(rival: str, name: str) -> None:
+    learner = make(rival, name)
+    label = np.array([2]) if name == "PPO discrete" else np.array([[0.5, -2.0]])
+    for row in STATES[:25]:
+        learner.update(Sample(row[None], label))
+    assert learner.failed == 0
+    assert (actions(learner) != make(rival, name).policy.predict(STATES, deterministic=True)[0]).any()
+
+
+def test_a_sample_of_two_observations_is_refused() -> None:
+    with pytest.raises(ValueError, match="has 2 observations"):
+        make("Adam").update(Sample(STATES[:2], np.zeros((2, 2))))
+
+
+@pytest.mark.parametrize(
+    ("rival", "changes"), [("Adam", {"learning_rate": 1e12}), ("warm start", {"learning_rate": 1e12, "memory": 2})]
+)
+def test_an_update_that_diverges_is_taken_back_and_counted(rival: str, changes: dict[str, Any]) -> None:
+    learner = make(rival, **changes)
+    before = actions(learner)
+    for row in samples(learner, 4):
+        learner.update(row)
+    assert learner.failed == 4 // changes.get("memory", 1)
+    np.testing.assert_array_equal(actions(learner), before)
+
+
+def test_each_rival_has_five_settings_to_tune_over() -> None:
+    assert list(CANDIDATES) == list(RIVALS)
+    assert {len(methods) for methods in CANDIDATES.values()} == {5}
+    names = [method.name for methods in CANDIDATES.values() for method in methods]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("method", [m for ms in CANDIDATES.values() for m in ms], ids=lambda method: method.name)
+def test_each_setting_runs(method: Any) -> None:
+    learner: Any = RIVALS[method.kind](start(), **method.settings)
+    for row in samples(learner, 3):
+        learner.update(row)
+    assert np.isfinite(actions(learner)).all()
+
+
+# ---------------------------------------------------------------------- each against a second derivation
+
+
+def test_without_forgetting_recursive_least_squares_is_ridge_regression() -> None:
+    learner = make("RLS", forgetting=1.0, delta=0.7)
+    rows = samples(learner)
+    features, labels, layer = known(learner, rows)
+    for row in rows:
+        learner.update(row)
+    normal = features.T @ features + np.eye(17) / 0.7
+    wanted = layer + np.linalg.solve(normal, features.T @ (labels - features @ layer.T)).T
+    np.testing.assert_allclose(learner.mean, wanted, atol=1e-5)
+
+
+def test_forgetting_weighs_labels_by_their_age() -> None:
+    learner = make("RLS", forgetting=0.9, delta=0.7)
+    rows = samples(learner)
+    features, labels, layer = known(learner, rows)
+    for row in rows:
+        learner.update(row)
+    weights = 0.9 ** np.arange(29, -1, -1.0)
+    normal = (features.T * weights) @ features + 0.9**30 * np.eye(17) / 0.7
+    wanted = layer + np.linalg.solve(normal, (features.T * weights) @ (labels - features @ layer.T)).T
+    np.testing.assert_allclose(learner.mean, wanted, atol=1e-4)
+
+
+def test_replay_draws_earlier_labels() -> None:
+    learner, alone = make("replay"), make("Adam")
+    first, second = samples(learner, 2)
+    for each in (learner, alone):
+        each.update(first)
+    np.testing.assert_array_equal(learner.vector(), alone.vector())
+    batch = torch.cat([learner.inputs(row.context) for row in (second, *[first] * 4)])
+    targets = torch.from_numpy(np.concatenate([second.target, *[first.target] * 4])).float()
+    alone.descend(alone.loss(alone.body(batch), targets))
+    learner.update(second)
+    np.testing.assert_array_equal(learner.vector(), alone.vector())
