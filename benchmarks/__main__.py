@@ -18,11 +18,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import accuracy, blocks, layers, page, rows, speed
-from kbt_rl.agents.warm_start import WarmStart
-from studies.methods import kbt
-from studies.runner import Store, make_policy
-from studies.tasks import TASKS
-from studies.trial import PRETRAINING, Setting, Source
+from studies.cloned import ClonedTrial
+from studies.methods import DEFAULT, kbt
+from studies.runner import Store, make
 
 
 class Found(NamedTuple):
@@ -111,17 +109,19 @@ class Bench:
                 "toy, out of span": lambda s: accuracy.toy(s, in_span=False),
                 "pendulum": lambda s: _pendulum(self.out, s),
             }
-            for name, make in tasks.items():
-                parts[f"{name}, seed {seed}"] = partial(found.score, make, seed)
+            for name, task in tasks.items():
+                parts[f"{name}, seed {seed}"] = partial(found.score, task, seed)
         return parts
 
 
 def _pendulum(out: Path, seed: int) -> accuracy.Task:
-    source, store = Source("shifted", 1000, PRETRAINING), Store(out, out / "models")
-    if store.policy(source) is None:
-        store.keep_policy(source, make_policy(source))
-    policy = WarmStart.load(out / "models" / source.name)
-    return accuracy.pendulum(kbt(Setting(TASKS["shifted"], policy), skip="none"), seed)
+    trial, store = (
+        ClonedTrial(study="bench", method=DEFAULT, policy_seed=1000, stream_seed=seed),
+        Store(out, out / "models"),
+    )
+    if store.content(trial.source) is None:
+        store.keep(trial.source, make(trial.source))
+    return accuracy.pendulum(kbt(trial.setting(store.content(trial.source)), skip="none"), seed)
 
 
 def _about() -> dict[str, Any]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STUDIES = (
     "reproduce", "success", "visited", "timing", "uncertainty", "start",
     "rescue", "film", "label_rules", "no_oracle", "change", "drift", "false_alarms", "noise", "trust", "discrete",
-    "prior", "tune", "default_head",
+    "prior", "tune", "default_head", "policies", "tune_rivals",
 )  # fmt: skip
 
 

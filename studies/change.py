@@ -16,13 +16,14 @@ from kbt_rl.callbacks.adaptation import ReopenOnDetection
 from kbt_rl.envs.plant import NOMINAL
 from studies import changing, plots
 from studies.changing import Adaptive, ChangingTrial, draw_plants, labelled
+from studies.cloned import Setting
 from studies.curve import grid
 from studies.episodes import FloatArray
 from studies.frozen import frozen
 from studies.methods import EXPERT, PRETRAINED
 from studies.pendulum import Pendulum
 from studies.table import Row, Table, Text
-from studies.trial import Setting, Size
+from studies.trial import Size
 
 METHODS = (
     changing.NONE, changing.FORGET, changing.PROCESS, changing.TOWARDS, changing.WINDOW, changing.CUSUM,

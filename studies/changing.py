@@ -22,11 +22,11 @@ from kbt_rl.envs.plant import NOMINAL, SHIFTED, InvertedPendulumParams
 from kbt_rl.envs.schedule import PLANT_RANGES, reflected
 from kbt_rl.inference.change_detection import Cusum, WindowedChiSquare
 from kbt_rl.inference.config import HeadConfig
+from studies.cloned import ClonedTrial, Setting
 from studies.episodes import evaluate
 from studies.methods import kbt, two_layers
 from studies.pendulum import Pendulum, uniform_states
 from studies.tasks import TASKS
-from studies.trial import Setting, Trial
 
 #: Samples that the reference noise level lies back where the noise is learned.
 NOISE_LAG = 50
@@ -60,7 +60,7 @@ STRATEGIES: dict[str, Callable[[], AdaptationStrategy | None]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChangingTrial(Trial):
+class ChangingTrial(ClonedTrial):
     """A strategy on one stream.
 
     Attributes:

@@ -10,13 +10,14 @@ from typing import Any, Literal
 from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.inference.errors import UpdateError
+from studies.cloned import ClonedTrial, Setting
 from studies.episodes import Policy, walk
 from studies.frozen import frozen
 from studies.methods import build
 from studies.pendulum import LabelStream, Pendulum, Score
 from studies.stacked import WarmStarts
 from studies.table import Row, Table, Text, interval
-from studies.trial import Fixed, Learner, Method, Setting, Size, Trial
+from studies.trial import Fixed, Learner, Method, Size
 
 #: Dense below 50 labels, where the methods differ.
 CHECKPOINTS = (0, 5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 75, 100, 125, 150, 200, 250, 300, 350, 400)
@@ -28,7 +29,7 @@ VISITED = "labels at visited states"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveTrial(Trial):
+class CurveTrial(ClonedTrial):
     """A learner on a stream of labels, scored alone at each checkpoint; or one on each of several streams.
 
     Attributes:

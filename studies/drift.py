@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from studies import changing, plots
 from studies.changing import Adaptive, ChangingTrial, drifting_plants, labelled
+from studies.cloned import Setting
 from studies.frozen import frozen
 from studies.methods import EXPERT, PRETRAINED
 from studies.pendulum import Pendulum
 from studies.table import Row, Table, Text
-from studies.trial import Setting, Size
+from studies.trial import Size
 
 METHODS = (changing.NONE, changing.FORGET, changing.PROCESS, changing.CUSUM, PRETRAINED, EXPERT)
 

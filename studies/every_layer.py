@@ -17,8 +17,8 @@ from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.linearised import LinearisedHead
 from kbt_rl.inference.types import UpdateInfo
 from kbt_rl.models.context import ContextWindow
+from studies.cloned import Setting
 from studies.straight_path import StraightPathPolicy
-from studies.trial import Setting
 
 
 class _OfState(nn.Module):

@@ -16,8 +16,9 @@ from kbt_rl.envs.plant import SHIFTED
 from kbt_rl.inference.change_detection import Cusum, Monitor, NoiseReference, WindowedChiSquare
 from studies import changing
 from studies.changing import FALSE_ALARM_RATE, MISFIT, NOISE_LAG, Adaptive, ChangingTrial, labelled
+from studies.cloned import Setting
 from studies.table import Row, Table, Text
-from studies.trial import Setting, Size
+from studies.trial import Size
 
 NOISE_VARIANCES = (0.1, 1.0, 10.0)
 _TESTS: dict[str, Callable[[], Monitor]] = {

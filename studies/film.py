@@ -18,11 +18,12 @@ import numpy.typing as npt
 from kbt_rl.envs import video
 from kbt_rl.envs.plant import DT, SHIFTED, is_upright
 from studies import plots
+from studies.cloned import Setting
 from studies.fleet import Fleet
 from studies.methods import PRETRAINED, TWO_LAYERS, warm_start
 from studies.rescue import NOISE_FREE, RescueTrial, rescue
 from studies.table import Row, Table
-from studies.trial import Setting, Size
+from studies.trial import Size
 
 Frame = npt.NDArray[np.uint8]
 LABELS = 8

@@ -11,10 +11,11 @@ import numpy.typing as npt
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
 from kbt_rl.callbacks.queries import epistemic_variance, noise_variance
+from studies.cloned import Setting
 from studies.episodes import BoolArray, FloatArray, Policy
 from studies.frozen import frozen
 from studies.methods import build, kbt
-from studies.trial import Fixed, Learner, Method, Setting
+from studies.trial import Fixed, Learner, Method
 
 Array = npt.NDArray[Any]
 

@@ -14,12 +14,13 @@ from typing import Literal
 import numpy as np
 
 from studies import plots
+from studies.cloned import ClonedTrial, Setting
 from studies.episodes import FloatArray, Observations, evaluate
 from studies.fleet import Fleet
 from studies.pendulum import uniform_states
 from studies.rescue import NOISE_FREE, POOL
 from studies.table import Row, Table, Text
-from studies.trial import Setting, Size, Trial
+from studies.trial import Size
 
 STEPS = 500
 Rule = Literal["every", "random", "gate", "pool"]
@@ -36,7 +37,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuleTrial(Trial):
+class RuleTrial(ClonedTrial):
     """One rule on a few learners.
 
     Attributes:

@@ -7,7 +7,6 @@ a ``Method``.
 from __future__ import annotations
 
 import copy
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,24 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.inference.config import HeadConfig
 from studies import every_layer, printed
+from studies.cloned import Setting
 from studies.episodes import Policy
-from studies.pendulum import Pendulum, uniform_states
-from studies.trial import Fixed, Learner, Method, Setting
-
-
-def clone(task: Pendulum, seed: int, config: PretrainConfig) -> bytes:
-    """The nominal expert cloned into a policy, as the file that ``WarmStart.save`` writes."""
-    cloner = WarmStart(env=task.env(), seed=seed)
-    cloner.pretrain(task.nominal_expert(), config, progress_bar=False)
-    file = io.BytesIO()
-    cloner.save(file)
-    return file.getvalue()
+from studies.pendulum import uniform_states
+from studies.trial import Fixed, Learner, Method
 
 
 def build(method: Method, setting: Setting) -> Learner:

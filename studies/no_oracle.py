@@ -17,19 +17,20 @@ import numpy as np
 
 from kbt_rl.agents.identification import SelfTuningLQR
 from kbt_rl.agents.lqr import LQRExpert
+from studies.cloned import ClonedTrial, Setting
 from studies.episodes import Episodes, FloatArray, Observations, evaluate
 from studies.fleet import Fleet
 from studies.methods import PRETRAINED, TWO_LAYERS
 from studies.pendulum import Pendulum, uniform_states
 from studies.table import Row, Table, Text
-from studies.trial import Setting, Size, Trial
+from studies.trial import Size
 
 STEPS, DITHER = 500, 3.0
 STAYED, SCORE = "no fall, first episode", "success alone"
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoOracleTrial(Trial):
+class NoOracleTrial(ClonedTrial):
     """One way to get labels on one pre-trained policy.
 
     Attributes:

@@ -16,11 +16,12 @@ import numpy as np
 
 from studies import plots
 from studies.calibration import judge, noise_unit
+from studies.cloned import ClonedTrial, Setting
 from studies.episodes import FloatArray
 from studies.methods import kbt, two_layers
 from studies.pendulum import LabelStream
 from studies.table import Row, Table, Text
-from studies.trial import Method, Setting, Size, Trial
+from studies.trial import Method, Size
 from studies.uncertainty import NOISE_VARIANCES
 
 Kind = Literal["Gaussian", "Student's t", "5 % wild"]
@@ -39,7 +40,7 @@ ROBUST_KNOWN = two_layers("known, robust", robust_dof=ROBUST_DOF)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseTrial(Trial):
+class NoiseTrial(ClonedTrial):
     """One method on one stream of noisy labels.
 
     Attributes:

@@ -97,6 +97,7 @@ class Panel(NamedTuple):
         along: The column whose values are the places of points.
         scale: What values are multiplied with.
         least: Smaller ones are drawn here.
+        middle: Whether curves are of the interquartile mean.
         few_labels: Whether the scale of labels is linear up to 10 and logarithmic above.
         band: Where a value should lie.
         lines: Values to mark.
@@ -110,6 +111,7 @@ class Panel(NamedTuple):
     along: str = "task"
     scale: float = 1.0
     least: float = -np.inf
+    middle: bool = False
     few_labels: bool = False
     band: tuple[float, float] | None = None
     lines: Sequence[float] = ()
@@ -122,7 +124,7 @@ class Panel(NamedTuple):
         shifts = np.linspace(-most, most, len(own))
         for (name, look), shift in zip(own.items(), shifts, strict=True):
             rows = self.table.where(**{self.by: name})
-            found = rows.curve() if self.kind == "curves" else {
+            found = rows.curve(middle=self.middle) if self.kind == "curves" else {
                 places.index(place) + shift: group.estimate() for place, group in rows.by(self.along).items()
             }  # fmt: skip
             estimates = (np.array([estimate[i] for estimate in found.values()]) for i in range(3))
@@ -194,7 +196,8 @@ class Picture(NamedTuple):
         order = [name for name in looks(names) if name in entries]
         figure.legend([entries[name] for name in order], order, loc="outside lower center", ncols=self.legend)
         trials = max(len(panel.table.by("policy_seed", "stream_seed")) for panel in self.panels)
-        text = f"mean of {trials} trials, 95 % interval" if trials > 1 else "one trial"
+        mean = "interquartile mean" if any(panel.middle for panel in self.panels) else "mean"
+        text = f"{mean} of {trials} trials, 95 % interval" if trials > 1 else "one trial"
         figure.suptitle(text, x=0.995, ha="right", fontsize=9.5, color=FAINT)
         return figure
 

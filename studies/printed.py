@@ -19,8 +19,8 @@ from kbt_rl.inference.network import weights_of
 from kbt_rl.inference.paper import rts_update
 from kbt_rl.inference.types import Gaussian
 from kbt_rl.models.context import ContextWindow
+from studies.cloned import Setting
 from studies.frozen import FrozenPolicy, TwoLayers, unit_covariances
-from studies.trial import Setting
 
 
 class PrintedPolicy(DecisionTransformerPolicy):

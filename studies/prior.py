@@ -22,11 +22,12 @@ from kbt_rl.envs.plant import SHIFTED, InvertedPendulumParams
 from kbt_rl.inference.config import HeadConfig
 from studies import plots
 from studies.changing import draw_plants, labelled
+from studies.cloned import ClonedTrial, Setting
 from studies.frozen import frozen
 from studies.methods import TUNED, kbt
 from studies.pendulum import Pendulum
 from studies.table import Row, Table, Text
-from studies.trial import Method, Setting, Size, Trial
+from studies.trial import Method, Size
 
 CHOSEN, DEFAULT, PAPER = "chosen by evidence", "default", "the paper's prior"
 WORST, NO_LEARNING = "worst candidate", "pre-trained policy"
@@ -36,7 +37,7 @@ _CHOICE, _JUDGEMENT = 31, 32  # what the label streams are for
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorTrial(Trial):
+class PriorTrial(ClonedTrial):
     """The choice for one pre-trained policy, judged on one stream of each of several plants.
 
     Attributes:

@@ -16,12 +16,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from studies import methods
+from studies.cloned import ClonedTrial, Setting
 from studies.episodes import Episodes, FloatArray, Observations
 from studies.fleet import Fleet
 from studies.methods import EXPERT, PRETRAINED, two_layers, warm_start
 from studies.pendulum import Pendulum, uniform_states
 from studies.table import Row, Table, Text
-from studies.trial import Method, Setting, Size, Trial
+from studies.trial import Method, Size
 
 _FREE_OF_NOISE: dict[str, Any] = {"noise_variance": 1e-5, "hidden_variance": 1e-6}
 NOISE_FREE = two_layers(**_FREE_OF_NOISE)
@@ -35,7 +36,7 @@ POOL = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class RescueTrial(Trial):
+class RescueTrial(ClonedTrial):
     """A method with one kind of labels from many starts.
 
     Attributes:

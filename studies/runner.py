@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -17,44 +16,40 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kbt_rl.agents.warm_start import WarmStart
 from kbt_rl.files import replacing, write_text
 from studies.executors import MakeExecutor
-from studies.methods import clone
 from studies.table import Row, Table, as_row
-from studies.tasks import TASKS
-from studies.trial import Setting, Source, Trial
+from studies.trial import Source, Trial
 
 # A pool that breaks so often without a trial done in between will not get any further.
 _BROKEN_POOLS = 3
 
 
-def perform(trial: Trial, pretrained: bytes) -> list[Row]:
+def perform(trial: Trial, content: bytes | None) -> list[Row]:
     """Run one trial: a pure function of its arguments, for any process on any machine.
 
     Args:
         trial: What to do.
-        pretrained: What ``make_policy`` returned for its source.
+        content: Of its source.
     """
     torch.set_num_threads(1)  # the networks are small, and the trials are as many as the cores
     torch.manual_seed(trial.stream_seed)
-    setting = Setting(TASKS[trial.task], WarmStart.load(io.BytesIO(pretrained)))
-    rows: list[Row] = list(import_module(f"studies.{trial.study}").run(trial, setting))
+    rows: list[Row] = list(import_module(f"studies.{trial.study}").run(trial, trial.setting(content)))
     return rows
 
 
-def make_policy(source: Source) -> bytes:
-    """Pre-train a policy, and return it as a file."""
+def make(source: Source) -> bytes:
+    """Make what trials start from."""
     torch.set_num_threads(1)
-    return clone(TASKS[source.task], source.seed, source.pretraining)
+    return source.make()
 
 
 class Store:
-    """Results and pre-trained policies on the disk.
+    """Results and the sources of trials on the disk.
 
     Args:
         out: Folder of the results, a file a trial under ``trials``.
-        models: Folder of the policies, which studies may share.
+        models: Folder of the sources, which studies may share.
 
     Raises:
         OSError: A folder cannot be written to.
@@ -84,13 +79,14 @@ class Store:
         """
         return Table(row for trial in trials if self._path(trial).exists() for row in _read(self._path(trial)))
 
-    def policy(self, source: Source) -> bytes | None:
-        """A pre-trained policy as a file, None if there is none."""
-        path = self._models / source.name
-        return path.read_bytes() if path.exists() else None
+    def content(self, source: Source | None) -> bytes | None:
+        """Of a source, None if it was not made."""
+        if source is None or not (path := self._models / source.name).exists():
+            return None
+        return path.read_bytes()
 
-    def keep_policy(self, source: Source, content: bytes) -> None:
-        """Keep a pre-trained policy."""
+    def keep(self, source: Source, content: bytes) -> None:
+        """Keep the content of a source."""
         with replacing(self._models / source.name) as file:
             file.write(content)
 
@@ -115,7 +111,7 @@ def versions() -> dict[str, str]:
 
 
 class Job(NamedTuple):
-    """A call whose result is kept as soon as it is there: a policy to pre-train, or a trial."""
+    """A call whose result is kept as soon as it is there: a source to make, or a trial."""
 
     name: str
     call: Callable[[], Any]
@@ -125,7 +121,7 @@ class Job(NamedTuple):
 def run_all(trials: Sequence[Trial], store: Store, make_executor: MakeExecutor, console: Console) -> Table:
     """Run what has not been run yet, with a progress bar, and return the rows of all.
 
-    First the pre-trained policies that are missing, then the trials, then those that run alone. When a worker dies, a
+    First the sources that are missing, then the trials, then those that run alone. When a worker dies, a
     new executor goes on with what is left. An interrupt cancels what is running; the next call continues with the rest.
 
     Args:
@@ -152,21 +148,21 @@ def run_all(trials: Sequence[Trial], store: Store, make_executor: MakeExecutor, 
             store.write(trial, rows)
             progress.update(bar, advance=1, last=trial.method.name)
 
-        def pretraining() -> list[Job]:
+        def preparing() -> list[Job]:
             sources = dict.fromkeys(trial.source for trial in store.missing(trials))
             return [
-                Job(source.name, partial(make_policy, source), partial(store.keep_policy, source))
-                for source in sources if store.policy(source) is None
+                Job(source.name, partial(make, source), partial(store.keep, source))
+                for source in sources if source is not None and store.content(source) is None
             ]  # fmt: skip
 
         def learning(group: Sequence[Trial]) -> list[Job]:
             return [
-                Job(trial.id, partial(perform, trial, store.policy(trial.source) or b""), partial(done, trial))
+                Job(trial.id, partial(perform, trial, store.content(trial.source)), partial(done, trial))
                 for trial in store.missing(group)
             ]
 
         progress.update(bar, last="pre-training")
-        _run(pretraining, make_executor, console)
+        _run(preparing, make_executor, console)
         parallel = [trial for trial in trials if not trial.alone]
         for group in (parallel, *([trial] for trial in trials if trial.alone)):
             _run(partial(learning, group), make_executor, console)

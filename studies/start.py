@@ -12,15 +12,16 @@ import numpy as np
 
 from kbt_rl.inference.config import HeadConfig, StructureName
 from kbt_rl.inference.head import BayesianHead
+from studies.cloned import ClonedTrial, Setting
 from studies.pendulum import uniform_states
 from studies.table import Row, Table, Text
-from studies.trial import Method, Setting, Size, Trial
+from studies.trial import Method, Size
 
 VARIANCES = tuple(10.0**power for power in range(-8, 3))
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartTrial(Trial):
+class StartTrial(ClonedTrial):
     """Heads of one depth with all prior variances."""
 
     study: str = "start"

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from kbt_rl.files import write_text
-from studies.statistics import Estimate, estimate, wilson
+from studies.statistics import Estimate, estimate, interquartile, wilson
 
 
 class Row(NamedTuple):
@@ -92,9 +92,14 @@ class Table:
         """Mean over the rows with its interval."""
         return estimate(self.values())
 
-    def curve(self) -> dict[int, Estimate]:
-        """Estimates by number of labels, ascending."""
-        return {labels: group.estimate() for labels, group in sorted(self.by("labels").items())}
+    def middle(self) -> Estimate:
+        """Interquartile mean over the rows with its interval; each task is resampled by itself."""
+        return interquartile([group.values() for group in self.by("task").values()])
+
+    def curve(self, *, middle: bool = False) -> dict[int, Estimate]:
+        """Estimates by number of labels, ascending: means, or interquartile means."""
+        groups = sorted(self.by("labels").items())
+        return {labels: group.middle() if middle else group.estimate() for labels, group in groups}
 
     def mean(self, metric: str, digits: int = 2, scale: float = 1.0, *, plain: bool = False) -> str:
         """Mean of a metric as words, with its interval unless it is ``plain``; empty where it was not measured."""

@@ -20,11 +20,12 @@ from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.models.context import ContextWindow
 from studies import plots
+from studies.cloned import ClonedTrial, Setting
 from studies.methods import PRINTED, build, warm_start
 from studies.pendulum import LabelStream
 from studies.success import HEADS, MEMORIES, QUICK_MEMORIES
 from studies.table import Row, Table, Text
-from studies.trial import Method, Setting, Size, Trial
+from studies.trial import Method, Size
 
 UPDATE, WHOLE, PYTORCH = "update, ms", "from sample to posterior, ms", "PyTorch's encoder, ms"
 # Samples of one turn: the first is slower, since the others have emptied the caches.
@@ -32,7 +33,7 @@ _TURN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimingTrial(Trial):
+class TimingTrial(ClonedTrial):
     """All methods in turns.
 
     Attributes:

@@ -9,18 +9,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.sample import Sample
-from kbt_rl.agents.warm_start import WarmStart
 from studies.episodes import Policy
-from studies.pendulum import Pendulum
 from studies.table import Row
 
 T = TypeVar("T", bound="Trial")
 #: Stream and policy seeds from here on are reported; those below the other are for tuning.
 FIRST_REPORTED_SEED, TUNING_SEEDS = 1000, 100
-PRETRAINING = PretrainConfig()
-QUICK_PRETRAINING = PretrainConfig(steps=1_500)
 
 
 @dataclass(frozen=True)
@@ -49,13 +44,6 @@ class Learner(Protocol):
         """Learn from a labelled sample."""
 
 
-class Setting(NamedTuple):
-    """Where a learner starts: the task, and the policy that was pre-trained for it."""
-
-    task: Pendulum
-    pretrained: WarmStart
-
-
 class Fixed:
     """A policy that does not learn."""
 
@@ -66,17 +54,15 @@ class Fixed:
         """Ignore the label."""
 
 
-class Source(NamedTuple):
-    """What a pre-trained policy depends on."""
-
-    task: str
-    seed: int
-    pretraining: PretrainConfig
+class Source(Protocol):
+    """Something that several trials start from and that takes long to make: it is made once, and kept as a file."""
 
     @property
     def name(self) -> str:
-        """Of its file."""
-        return f"cloned-{self.task.replace(' ', '-')}-{self.seed}-{_digest(self.pretraining)}.zip"
+        """Of its file; other for other contents."""
+
+    def make(self) -> bytes:
+        """Its content: a pure function of what it was made with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +74,7 @@ class Trial:
         method: What learns, with its settings.
         policy_seed: Seed of the pre-trained policy.
         stream_seed: Seed of the labels and the starts.
-        task: A name of ``tasks.TASKS``.
-        pretraining: How the policy was pre-trained.
+        task: Name of the world that it learns in.
         alone: Whether nothing may run beside it, since it measures time.
     """
 
@@ -97,9 +82,13 @@ class Trial:
     method: Method
     policy_seed: int
     stream_seed: int
-    task: str = "shifted"
-    pretraining: PretrainConfig = PRETRAINING
+    task: str
     alone: bool = False
+
+    @classmethod
+    def usual(cls, *, quick: bool) -> dict[str, Any]:
+        """Fields that depend on how large a study is to be."""
+        return {}
 
     @property
     def label(self) -> str:
@@ -111,12 +100,16 @@ class Trial:
         """Readable, and equal only for equal trials; names the result file."""
         name = f"{self.study} {self.method.name} {self.label}".lower()
         readable = re.sub(r"[^a-z0-9]+", "-", name).strip("-")[:70]
-        return f"{readable}-p{self.policy_seed}-s{self.stream_seed}-{_digest(self)}"
+        return f"{readable}-p{self.policy_seed}-s{self.stream_seed}-{digest(self)}"
 
     @property
-    def source(self) -> Source:
-        """The pre-trained policy that it starts from."""
-        return Source(self.task, self.policy_seed, self.pretraining)
+    def source(self) -> Source | None:
+        """What has to be there before it can run; None for nothing."""
+        return None
+
+    def setting(self, content: bytes | None) -> Any:
+        """What the study's ``run`` starts from, given the content of the source."""
+        return None
 
     def row(self, labels: int, metric: str, value: float, *, task: str | None = None) -> Row:
         """A row of the result table; the task is the trial's own if left out."""
@@ -126,8 +119,8 @@ class Trial:
         )
 
 
-def _digest(value: Trial | PretrainConfig) -> str:
-    """Ten hexadecimal digits that are equal for equal values."""
+def digest(value: Any) -> str:
+    """Ten hexadecimal digits that are equal for equal dataclasses."""
     text = json.dumps([type(value).__qualname__, asdict(value)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -168,6 +161,6 @@ class Size(NamedTuple):
         self, kind: type[T], methods: Iterable[Method], /, *, policies: int = 2, streams: int = 5, **fields: Any
     ) -> list[T]:
         """Trials of each method on each pair of seeds."""
-        fields = {"pretraining": QUICK_PRETRAINING if self.quick else PRETRAINING, **fields}
+        fields = {**kind.usual(quick=self.quick), **fields}
         pairs = self.pairs(policies=policies, streams=streams)
         return [kind(method=method, policy_seed=p, stream_seed=s, **fields) for method in methods for p, s in pairs]

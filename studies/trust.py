@@ -21,13 +21,14 @@ from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.sample import Sample
 from studies import plots
 from studies.calibration import LEVELS, best_nlpd, judge, noise_unit
+from studies.cloned import ClonedTrial, Setting
 from studies.curve import VISITED_EVERY
 from studies.episodes import Episodes, walk
 from studies.frozen import frozen
 from studies.methods import kbt, two_layers
 from studies.pendulum import LabelStream, Pendulum
 from studies.table import Row, Table, Text
-from studies.trial import Setting, Size, Trial
+from studies.trial import Size
 
 STRUCTURES = ("joint", "layer", "neuron", "diagonal")
 NO_LEARNING = two_layers("pre-trained policy")
@@ -38,7 +39,7 @@ _Q95 = float(chi2.ppf(0.95, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrustTrial(Trial):
+class TrustTrial(ClonedTrial):
     """One learner on one stream of noisy labels.
 
     Attributes:

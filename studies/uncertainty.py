@@ -14,10 +14,11 @@ import numpy as np
 
 from studies import plots
 from studies.calibration import judge, noise_unit
+from studies.cloned import ClonedTrial, Setting
 from studies.methods import kbt, two_layers
 from studies.pendulum import LabelStream
 from studies.table import Row, Table, Text
-from studies.trial import Setting, Size, Trial
+from studies.trial import Size
 
 NOISE_VARIANCES = (0.0, 10.0, 20.0, 50.0)
 #: Of each rule. There is no machine code for ``replace``, and its error is stationary after some hundred labels.
@@ -29,7 +30,7 @@ _HELD_OUT = 4_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class UncertaintyTrial(Trial):
+class UncertaintyTrial(ClonedTrial):
     """One rule on one stream of noisy labels.
 
     Attributes:

@@ -20,6 +20,7 @@ from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.model_average import ModelAverage
 from kbt_rl.networks.base import Call, Network, Observation, finite
+from kbt_rl.networks.links import LinkName
 from kbt_rl.networks.normaliser import Normaliser
 from kbt_rl.networks.registry import network_of
 from kbt_rl.networks.tap import Tap
@@ -38,6 +39,7 @@ def adapt(
     head: HeadConfig | None = None,
     skip: Skip = "hidden",
     layer: str = "auto",
+    link: LinkName = "auto",
     vec_normalize: VecNormalize | str | Path | None = None,
     history: int = 0,
 ) -> AdaptedPolicy:
@@ -55,6 +57,7 @@ def adapt(
             ``observation`` alone, or ``none``. Their weights start at 0, so that nothing changes before the first
             label.
         layer: Name of the last linear layer of a module, where it is not found by itself.
+        link: What the outputs of a module's last layer stand for, see ``ModuleNetwork``; an SB3 policy knows it.
         vec_normalize: The ``VecNormalize`` that the policy was trained in, or the file of its ``save``; by default the
             one of the model's environment. The policy then takes raw observations, ``states`` included.
         history: Updates to keep for ``rollback``.
@@ -73,7 +76,7 @@ def adapt(
     if vec_normalize is None and isinstance(model, BaseAlgorithm):
         vec_normalize = model.get_vec_normalize_env()
     normaliser = None if vec_normalize is None else Normaliser.of(vec_normalize)
-    network = network_of(model, layer, states if isinstance(states, np.ndarray) else None)
+    network = network_of(model, layer, states if isinstance(states, np.ndarray) else None, link)
     tap = Tap(network.layer, _skipped(network, skip))
     try:
         width = sum(part.in_features for part in (network.layer, *_skipped(network, skip)))

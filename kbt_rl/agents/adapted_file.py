@@ -46,7 +46,7 @@ def save(policy: TappedPolicy, path: str | Path) -> Path:
     network = policy.network
     settings = {
         "network": type(network).__name__,
-        "link": type(network.link).__name__,
+        "link": network.link_name,
         "fingerprint": network.fingerprint(),
         "layers": network.names(policy.tapped),
         "observation_shape": None if network.observation_space.shape is None else list(network.observation_space.shape),
@@ -115,7 +115,7 @@ def _head(settings: Mapping[str, Any], features: Tensor, network: Network) -> He
 def _network(model: Any, settings: Mapping[str, Any]) -> Network:
     shape = settings["observation_shape"]
     probe = None if shape is None else np.zeros((2, *shape), dtype=np.float32)
-    return network_of(model, settings["layers"][0], probe)
+    return network_of(model, settings["layers"][0], probe, settings["link"])
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from kbt_rl.networks.links import ActionLink
+from kbt_rl.networks.links import ActionLink, LinkName
 from kbt_rl.networks.tap import untapped
 
 Array = npt.NDArray[Any]
@@ -41,6 +41,7 @@ class Network(ABC):
         layer: The last linear layer.
         before: The linear layers between the observation and it, in order.
         link: What its outputs stand for.
+        link_name: How the user called it; ``auto`` where the network knows it.
         recurrent: Whether it has a state from step to step.
         takes_masks: Whether it is told which actions are possible.
         pooled: Outputs of the layer of which the mean is one output of the head.
@@ -52,6 +53,7 @@ class Network(ABC):
     layer: nn.Linear
     before: Sequence[nn.Linear]
     link: ActionLink
+    link_name: LinkName = "auto"
     recurrent: bool = False
     takes_masks: bool = False
     pooled: int = 1

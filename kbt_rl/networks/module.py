@@ -1,4 +1,4 @@
-"""Any PyTorch module from observations ``(n, ...)`` to outputs ``(n, o)``: its last linear layer is found, or named."""
+"""Any PyTorch module from observations ``(n, ...)``: its last linear layer is found, or named."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from kbt_rl.networks.base import Array, Call, Network, State, linears
-from kbt_rl.networks.links import link_for
+from kbt_rl.networks.links import ActionLink, LinkName, Scores, link_for
 
 
 class ModuleNetwork(Network):
-    """A module whose outputs are actions, taken as they are.
+    """A module whose outputs are actions, or whose last layer's outputs make an action by a link.
 
     Args:
         module: In evaluation mode from now on.
         layer: Name of its last linear layer, as ``named_modules`` has it, or ``"auto"``.
         states: Observations that it can be run on ``(n, ...)``, from which its layers are found; None if there are
             none, when the layers' own order must tell.
+        link: ``auto`` for what the module returns as it is. Else the outputs of the last layer decide: ``clipped`` to
+            or ``squashed`` by a tanh into [-1, 1], or the largest of the ``scores``.
 
     Raises:
         ValueError: There is no linear layer, or several could be the last.
     """
 
-    def __init__(self, module: nn.Module, layer: str = "auto", states: Array | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, layer: str = "auto", states: Array | None = None, link: LinkName = "auto"
+    ) -> None:
         self.module = module.eval()
         found = linears(module)
         if not found:
@@ -54,8 +58,8 @@ class ModuleNetwork(Network):
         inputs = (self.before[0] if self.before else chosen).in_features
         shape = (inputs,) if states is None else states.shape[1:]
         self.observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
-        self.action_space = spaces.Box(-np.inf, np.inf, (chosen.out_features,), np.float32)
-        self.link = link_for(self.action_space, squashed=False)
+        self.link_name, self.link = link, _link(link, chosen.out_features)
+        self.action_space = self.link.space
 
     def run(self, call: Call) -> tuple[Array, State]:
         """See ``Network``."""
@@ -68,8 +72,18 @@ class ModuleNetwork(Network):
                 f"the observation has shape {np.shape(call.observation)}; expected {shape} or (n, *{shape})"
             )
         with torch.no_grad():
-            outputs: Array = self.module(self._tensor(rows)).cpu().numpy()
+            outputs = self.module(self._tensor(rows)).cpu().numpy() if self.link_name == "auto" else self._decided(rows)
         return (outputs[0] if single else outputs), call.state
+
+    def _decided(self, rows: Array) -> Array:
+        """Actions by the link, of what the last layer says."""
+        said: list[Tensor] = []
+        handle = self.layer.register_forward_hook(lambda layer, given, output: said.append(output))
+        try:
+            self.module(self._tensor(rows))
+        finally:
+            handle.remove()
+        return self.link.decide(said[0].reshape(len(rows), -1).double().cpu().numpy())
 
     def copied(self, model: Any) -> tuple[Any, nn.Module]:
         """See ``Network``."""
@@ -79,6 +93,15 @@ class ModuleNetwork(Network):
     def _tensor(self, rows: Array) -> Tensor:
         like = next(self.module.parameters())
         return torch.as_tensor(np.asarray(rows)).to(like)
+
+
+def _link(name: LinkName, outputs: int) -> ActionLink:
+    if name == "scores":
+        return Scores(spaces.Discrete(outputs))
+    if name not in ("auto", "clipped", "squashed"):
+        raise ValueError(f"link is {name!r}; choose 'auto', 'clipped', 'squashed' or 'scores'")
+    bound = np.inf if name == "auto" else 1.0
+    return link_for(spaces.Box(-bound, bound, (outputs,), np.float32), squashed=name == "squashed")
 
 
 def _is_chain(module: nn.Module) -> bool:

@@ -296,6 +296,21 @@ def test_modules_are_adapted_as_they_are() -> None:
         adapt("trained.zip")
 
 
+def test_a_module_behind_a_tanh_learns_from_actions_and_remembers_its_link(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2), nn.Tanh())
+    rows = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    policy = adapt(net, states=rows, link="squashed")
+    labels = np.full((50, 2), 0.8)
+    policy.update(rows, labels)
+    np.testing.assert_allclose(policy.predict(rows)[0], labels, atol=0.05)
+    policy.save(tmp_path / "squashed")
+    loaded = AdaptedPolicy.load(tmp_path / "squashed", net)
+    assert loaded.network.link_name == "squashed"
+    np.testing.assert_array_equal(loaded.predict(rows)[0], policy.predict(rows)[0])
+    with pytest.raises(ValueError, match="an SB3 policy knows its own, so leave it at 'auto'"):
+        adapt(ALGORITHMS["PPO"](), link="squashed")
+
+
 # ---------------------------------------------------------------------- learn
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kbt_rl.networks.base import Call
+from kbt_rl.networks.links import LinkName
 from kbt_rl.networks.module import ModuleNetwork
 
 STATES = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -92,3 +95,22 @@ def test_looking_for_layers_leaves_no_hooks_and_no_gradients() -> None:
     ModuleNetwork(module, states=STATES)
     assert not any(part._forward_hooks for part in module.modules())
     assert all(weights.grad is None for weights in module.parameters())
+
+
+@pytest.mark.parametrize(("link", "expected"), [
+    ("auto", lambda said: said), ("clipped", lambda said: said.clip(-1.0, 1.0)), ("squashed", np.tanh),
+    ("scores", lambda said: said.argmax(axis=1)),
+])  # fmt: skip
+def test_a_link_says_what_the_last_layer_stands_for(link: LinkName, expected: Any) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+    rows = np.random.default_rng(0).normal(size=(6, 3), scale=3.0).astype(np.float32)
+    with torch.no_grad():
+        said = module(torch.from_numpy(rows)).numpy()
+    actions, _ = ModuleNetwork(module, link=link).run(Call(rows))
+    assert np.allclose(actions, expected(said), atol=1e-6)
+
+
+def test_a_link_is_one_of_four() -> None:
+    with pytest.raises(ValueError, match="link is 'round'; choose 'auto', 'clipped', 'squashed' or 'scores'"):
+        ModuleNetwork(nn.Linear(3, 2), link="round")  # type: ignore[arg-type]

@@ -52,8 +52,8 @@ def test_quick_sizes_are_one_pair_unless_more_are_asked_for() -> None:
 
 
 def test_a_trial_is_a_pure_function(tmp_path: Path) -> None:
-    (trial,) = tiny.plan(1)
-    content = runner.make_policy(trial.source)
+    trial = tiny.trial()
+    content = trial.source.make()
     first = perform(trial, content)
     torch.manual_seed(99)
     assert perform(trial, content) == first

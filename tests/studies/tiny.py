@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -11,25 +10,24 @@ from typing import Any
 from rich.console import Console
 
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
-from kbt_rl.agents.warm_start import WarmStart
+from studies.cloned import Setting
 from studies.curve import CurveTrial
 from studies.executors import MakeExecutor, Serial
-from studies.methods import ONE_LAYER, clone
+from studies.methods import ONE_LAYER
 from studies.runner import Store, run_all
 from studies.table import Table
-from studies.tasks import TASKS
-from studies.trial import Setting, Trial
+from studies.trial import Trial
 
 PRETRAINING = PretrainConfig(samples=500, steps=60, batch_size=32)
 
 
 @lru_cache
-def _file(task: str) -> bytes:
-    return clone(TASKS[task], 0, PRETRAINING)
+def _content(task: str) -> bytes:
+    return trial(task=task).source.make()
 
 
 def setting(task: str = "shifted") -> Setting:
-    return Setting(TASKS[task], WarmStart.load(io.BytesIO(_file(task))))
+    return trial(task=task).setting(_content(task))
 
 
 def trial(**fields: Any) -> CurveTrial:

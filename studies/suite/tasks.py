@@ -1,0 +1,83 @@
+"""The tasks of the suite: an environment, what changes in it, and who was trained on either side of the change.
+
+A new task is an entry here and two files that ``python -m studies.suite.train`` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+from gymnasium.wrappers import TimeLimit
+
+from kbt_rl.envs.dynamics_shift import DynamicsShift
+from studies.suite.swing_up import LONG_POLE, NOMINAL, SwingUp, SwingUpExpert
+
+Role = Literal["nominal", "teacher"]
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """A world that changes under a trained policy.
+
+    Attributes:
+        env_id: Of Gymnasium; empty for another world.
+        shift: Parameters of ``DynamicsShift`` and their new values.
+        policies: Files, without their endings, of the policy that was trained before the change and of its teacher.
+        steps: Longest episode.
+    """
+
+    env_id: str
+    shift: Mapping[str, float]
+    policies: Mapping[Role, str]
+    steps: int
+
+    @property
+    def expert(self) -> Callable[[Any], Any] | None:
+        """A function that knows the world after the change, where no trained policy is the teacher."""
+        return None
+
+    def env(self, *, shifted: bool = True, steps: int | None = None) -> gym.Env[Any, Any]:
+        """The world after the change, or before it; with episodes of other lengths if asked for."""
+        env = gym.make(self.env_id, max_episode_steps=-1, disable_env_checker=True).unwrapped
+        changed: gym.Env[Any, Any] = DynamicsShift(env, self.shift) if shifted else env
+        return TimeLimit(changed, steps or self.steps)
+
+
+class SwingUpTask(SuiteTask):
+    """A pole that becomes longer and heavier; the expert is a function of the plant."""
+
+    @property
+    def expert(self) -> SwingUpExpert:
+        """See ``SuiteTask``."""
+        return SwingUpExpert(LONG_POLE)
+
+    def env(self, *, shifted: bool = True, steps: int | None = None) -> gym.Env[Any, Any]:
+        """See ``SuiteTask``."""
+        return TimeLimit(SwingUp(LONG_POLE if shifted else NOMINAL), steps or self.steps)
+
+
+def _own(name: str) -> dict[Role, str]:
+    """A teacher that is the policy itself, trained on."""
+    return {"nominal": f"{name}-nominal", "teacher": f"{name}-teacher"}
+
+
+_M15 = {"m": 1.5}
+#: The tasks by name.
+SUITE: dict[str, SuiteTask] = {
+    "CartPole": SuiteTask("CartPole-v1", {"length": 3.0}, _own("cartpole"), 500),
+    "Pendulum, PPO": SuiteTask("Pendulum-v1", _M15, _own("pendulum-ppo"), 200),
+    "Pendulum, SAC": SuiteTask("Pendulum-v1", {"g": 15.0}, _own("pendulum-sac"), 200),
+    "Pendulum, SAC teaches PPO": SuiteTask(
+        "Pendulum-v1", _M15, {"nominal": "pendulum-ppo-nominal", "teacher": "pendulum-heavy-sac"}, 200
+    ),
+    "InvertedPendulum": SuiteTask("InvertedPendulum-v5", {"gear": 5.0}, _own("inverted-pendulum"), 1000),
+    "InvertedDoublePendulum": SuiteTask(
+        "InvertedDoublePendulum-v5", {"mass.pole2": 5.0}, _own("inverted-double-pendulum"), 1000
+    ),
+    "HalfCheetah": SuiteTask("HalfCheetah-v5", {"gear.bshin": 0.2, "gear.fshin": 0.2}, _own("half-cheetah"), 300),
+    "Swing-up": SwingUpTask("", {}, {"nominal": "swing-up-nominal"}, 500),
+    "Reacher": SuiteTask("Reacher-v5", {"gear.0": -1.0}, _own("reacher"), 50),
+}  # fmt: skip
