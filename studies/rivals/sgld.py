@@ -11,9 +11,9 @@ from studies.rivals.base import Layers, Rival, Start
 class Langevin(Rival):
     """``theta <- theta + eps / 2 grad log p + N(0, eps T)`` (Welling and Teh 2011), acting by the newest sample.
 
-    The source is "Bayesian Learning via Stochastic Gradient Langevin Dynamics", with ``T = 1``; the update was read at
-    https://probsee.com/p/Stochastic_gradient_Langevin_dynamics. Here ``-log p`` is the loss of the newest label alone:
-    the prior is flat, and no label counts for those that are gone.
+    In "Bayesian Learning via Stochastic Gradient Langevin Dynamics" ``T = 1``. With a temperature it is
+    ``overdamped_langevin`` of blackjax (``sgmcmc/diffusions.py``) at the step size ``eps / 2``. Here ``-log p`` is the
+    loss of the newest label alone: the prior is flat, and no label counts for those that are gone.
 
     Args:
         start: Where it starts.

@@ -18,8 +18,8 @@ class SoftReset(Rival):
     (1 - gamma^2) / s^2) grad L(m)``. The loss is taken for ``-log p``.
 
     Note:
-        Abstract, introduction and figure captions of the paper were read, its equations could not be. They are written
-        from the model that it describes; the last one takes the step in proportion to ``v``.
+        Abstract, introduction and figure captions of the paper were read, its numbered equations could not be. These
+        are derived from the model that it describes; the step size is in proportion to ``v``, ``alpha`` at no drift.
 
     Args:
         start: Where it starts.
