@@ -78,7 +78,8 @@ class Rival(ABC):
     """A learner that changes the weights of a policy in place.
 
     At large learning rates a rival may diverge. An update after which a weight is not finite or beyond
-    ``LARGEST_WEIGHT`` is taken back: the rival acts by its last finite weights, and ``failed`` counts the update.
+    ``LARGEST_WEIGHT`` is taken back: the rival acts by its last finite weights, and ``failed`` counts the update. So is
+    one whose label is beyond it.
 
     Args:
         start: Where it starts.
@@ -123,6 +124,7 @@ class Rival(ABC):
             return
         before = parameters_to_vector(self.weights).detach()
         try:
+            self.check(target[~target.isnan()])
             self.learn(inputs, target)
             self.check(parameters_to_vector(self.weights).detach())
         except DivergedError:

@@ -43,6 +43,7 @@ class LastLayer(Rival):
     ) -> tuple[FloatArray, FloatArray]:
         """Mean ``(d + 1,)`` and spread of one output, given its label and the features ``(d + 1,)``."""
 
+    @np.errstate(over="ignore", invalid="ignore")
     def learn(self, inputs: Tensor, target: Tensor) -> None:
         """See ``Rival``."""
         units = self.units.double().numpy()

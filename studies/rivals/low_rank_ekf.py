@@ -13,7 +13,7 @@ from studies.rivals.base import DivergedError, Rival, Start
 class LowRankEKF(Rival):
     """``LinearisedHead`` with the structure ``low_rank`` over all weights; acts by the posterior mean.
 
-    The filter is that of Chang et al. (2023, LO-FI, arXiv:2305.19535), see ``inference.covariance``.
+    The filter is that of Chang et al. (2023, LoFi, arXiv:2305.19535), see ``inference.covariance``.
 
     Args:
         start: Where it starts.

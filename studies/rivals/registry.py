@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from studies.rivals import adam, low_rank_ekf, replay, rls, warm_start
+from studies.rivals.adam import Adam
+from studies.rivals.adf import AssumedDensityFilter
+from studies.rivals.bgd import BayesianGradientDescent
+from studies.rivals.dropout import Dropout
+from studies.rivals.input_tuning import InputTuning
+from studies.rivals.laplace import LastLayerLaplace
+from studies.rivals.low_rank_ekf import LowRankEKF
+from studies.rivals.replay import Replay
+from studies.rivals.rls import RecursiveLeastSquares
+from studies.rivals.sgld import Langevin
+from studies.rivals.soft_reset import SoftReset
+from studies.rivals.swag import SWAG
+from studies.rivals.warm_start import WarmStart
 from studies.trial import Learner, Method
 
 #: Called with a ``Start`` and the settings of a ``Method``, whose ``kind`` is the name here.
 RIVALS: dict[str, Callable[..., Learner]] = {
-    "warm start": warm_start.WarmStart,
-    "Adam": adam.Adam,
-    "replay": replay.Replay,
-    "RLS": rls.RecursiveLeastSquares,
-    "low-rank EKF": low_rank_ekf.LowRankEKF,
+    "warm start": WarmStart,
+    "Adam": Adam,
+    "replay": Replay,
+    "RLS": RecursiveLeastSquares,
+    "soft reset": SoftReset,
+    "BGD": BayesianGradientDescent,
+    "ADF": AssumedDensityFilter,
+    "SWAG": SWAG,
+    "dropout": Dropout,
+    "Laplace": LastLayerLaplace,
+    "SGLD": Langevin,
+    "low-rank EKF": LowRankEKF,
+    "input tuning": InputTuning,
 }
 
 
 def _methods(kind: str, *settings: dict[str, Any]) -> tuple[Method, ...]:
-    """A method for each of the settings, named by the rival and what was set."""
+    """A method for each of the settings, named by the rival and what is set."""
     return tuple(Method(f"{kind}, {_text(each)}", kind, each) for each in settings)
 
 
@@ -27,29 +47,42 @@ def _text(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
 
 
-def _rates(*rates: float, **others: Any) -> Sequence[dict[str, Any]]:
+def _each(names: str, *rows: tuple[Any, ...], **others: Any) -> list[dict[str, Any]]:
+    """Settings of these names, row by row, and others that are the same in all."""
+    return [dict(zip(names.split(), row, strict=True)) | others for row in rows]
+
+
+def _rates(*rates: float, **others: Any) -> list[dict[str, Any]]:
     return [{"learning_rate": rate, **others} for rate in rates]
 
 
-_CANDIDATES: tuple[tuple[Method, ...], ...] = (
-    _methods(
-        "warm start",
-        *({"memory": memory, "learning_rate": rate} for memory, rate in
-          ((20, 1e-3), (50, 1e-3), (100, 1e-3), (20, 1e-2), (20, 1e-4))),
-    ),
+_CANDIDATES = (
+    _methods("warm start", *_each("memory learning_rate", (20, 1e-4), (20, 1e-3), (20, 1e-2), (50, 1e-3), (100, 1e-3))),
     _methods("Adam", *_rates(1e-4, 1e-3, 1e-2, layers="all"), *_rates(1e-3, 1e-2, layers="last")),
     _methods("replay", *_rates(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, replayed=20)),
+    _methods("RLS", *_each("forgetting delta", (1.0, 1.0), (0.999, 1.0), (0.999, 100.0), (0.99, 1.0), (0.99, 100.0))),
     _methods(
-        "RLS",
-        *({"forgetting": forgetting, "delta": delta} for forgetting, delta in
-          ((1.0, 1.0), (1.0, 100.0), (0.999, 1.0), (0.999, 100.0), (0.99, 1.0))),
+        "soft reset",
+        *_each("learning_rate drift_rate", (1e-3, 0.1), (1e-2, 0.1), (3e-2, 0.1), (1e-1, 0.1), (3e-2, 1.0)),
+    ),
+    _methods(
+        "BGD",
+        *_each("deviation mean_rate", (0.01, 10.0), (0.01, 100.0), (0.01, 1000.0), (0.03, 10.0), (0.03, 100.0)),
+    ),
+    _methods("ADF", *_each("prior_variance", (1e-4,), (1e-3,), (1e-2,), (1e-1,), (1.0,), noise_variance=1e-2)),
+    _methods("SWAG", *_rates(1e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    _methods("dropout", *_rates(1e-4, 1e-3, 1e-2, probability=0.1), *_rates(1e-3, 1e-2, probability=0.3)),
+    _methods("Laplace", *_each("prior_variance", (1e-4,), (1e-3,), (1e-2,), (1e-1,), (1.0,), noise_variance=1e-2)),
+    _methods(
+        "SGLD",
+        *_each("learning_rate temperature", (2e-3, 1e-6), (2e-2, 1e-6), (2e-1, 1e-6), (2e-2, 1e-4), (2e-1, 1e-4)),
     ),
     _methods(
         "low-rank EKF",
-        *({"rank": 10, "noise_variance": noise, "hidden_variance": hidden, "last_variance": last}
-          for noise, hidden, last in
-          ((1e-2, 1e-5, 1e-1), (1e-2, 1e-4, 1e-1), (1e-2, 1e-3, 1e-1), (1e-2, 1e-4, 1e-2), (1e-3, 1e-4, 1e-1))),
+        *_each("hidden_variance last_variance", (1e-5, 0.1), (1e-4, 0.1), (1e-3, 0.1), (1e-4, 0.01), (1e-4, 1.0),
+               rank=10, noise_variance=1e-2),
     ),
+    _methods("input tuning", *_rates(1e-4, 1e-3, 1e-2, head="bias"), *_rates(1e-3, 1e-2, head="layer")),
 )  # fmt: skip
 #: Five settings of each rival, an equal budget for all.
 CANDIDATES: dict[str, tuple[Method, ...]] = {methods[0].kind: methods for methods in _CANDIDATES}
