@@ -23,7 +23,7 @@ from studies.table import Row, Table, Text
 from studies.trial import Fixed, Size
 
 QUICK_TASKS = ("InvertedPendulum", "Pendulum, PPO", "Pendulum, SAC")
-QUICK_RIVALS = ("warm start, memory 50", "recursive least squares")
+QUICK_RIVALS = ("warm start, memory 50", "RLS")
 
 
 def plan(size: Size) -> list[SuiteTrial]:

@@ -21,14 +21,14 @@ from studies.suite.tasks import SUITE
 from studies.table import Table, Text
 from studies.trial import Size
 
-CHECKPOINTS = (50, 100, 200, 500)
+CHECKPOINTS = (50, 100, 200)
 
 
 def plan(size: Size) -> list[SuiteTrial]:
     """Every candidate on 2 streams of each task."""
     size = size.tuning()._replace(policies=1)
-    kinds = list(CANDIDATES)[: 1 if size.quick else None]
-    methods = [NONE, TEACHER, *(method for kind in kinds for method in CANDIDATES[kind])]
+    rivals = list(CANDIDATES.values())[: 1 if size.quick else None]
+    methods = [NONE, TEACHER, *(method for candidates in rivals for method in candidates)]
     tasks = list(SUITE)[: 1 if size.quick else None]
     return [
         trial
@@ -57,12 +57,12 @@ def report(table: Table) -> Iterator[Text | Best]:
     for task, rows in area.by("task").items():
         scores = {method: of.estimate().mean for method, of in rows.by("method").items()}
         found[task], body = {}, []
-        for kind, methods in CANDIDATES.items():
+        for name, methods in CANDIDATES.items():
             known = [method for method in methods if method.name in scores]
             if not known:
                 continue
             best = max(known, key=lambda method: scores[method.name])
-            found[task][kind] = best.settings
+            found[task][name] = best.settings
             body += [[method.name, f"{scores[method.name]:.3f}", "*" if method is best else ""] for method in known]
         yield Text(f"{task}: mean share of the gap", ["setting", "share", "best"], body)
     yield Best(found)

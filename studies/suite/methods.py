@@ -15,7 +15,7 @@ from kbt_rl.agents.sample import Sample
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from studies.rivals.base import Start
-from studies.rivals.registry import RIVALS
+from studies.rivals.registry import CANDIDATES, RIVALS
 from studies.suite.setting import Setting
 from studies.trial import Fixed, Learner, Method
 
@@ -61,10 +61,10 @@ class Adapted:
         known = ~np.isnan(target)
         if not known.any():
             return float("nan")
-        mean, epistemic, aleatoric = (part.cpu().numpy() for part in head.predict(features))
-        variance = (epistemic[0] + aleatoric).diagonal()
+        mean, epistemic, aleatoric = (part.cpu().numpy()[0] for part in head.predict(features))
+        variance = (epistemic + aleatoric).diagonal()
         half = stats.t.ppf(0.975, head.predictive_dof) * np.sqrt(variance)
-        return float((np.abs(target - mean[0]) <= half)[known].mean())
+        return float((np.abs(target - mean) <= half)[known].mean())
 
 
 def build(method: Method, setting: Setting) -> Learner:
@@ -90,7 +90,7 @@ def build(method: Method, setting: Setting) -> Learner:
 def tuned(task: str) -> list[Method]:
     """The rivals at their best for a task, by ``python -m studies tune_rivals``; untuned ones are left out."""
     best = json.loads(Path(__file__).with_name("tuned.json").read_text(encoding="utf-8"))[task]
-    return [Method(kind, kind, best[kind]) for kind in RIVALS if kind in best]
+    return [Method(name, methods[0].kind, best[name]) for name, methods in CANDIDATES.items() if name in best]
 
 
 NONE, TEACHER = Method("not learning", "not learning"), Method("teacher", "teacher")

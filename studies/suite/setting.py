@@ -90,7 +90,7 @@ class SuiteTrial(Trial):
         every: Steps of the learner's own path from one label to the next.
     """
 
-    checkpoints: tuple[int, ...] = (50, 100, 200, 500, 1000)
+    checkpoints: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)
     episodes: int = 10
     every: int = 5
 

@@ -68,7 +68,7 @@ def save(name: str, model: BaseAlgorithm, kwargs: dict[str, Any], told: dict[str
         if not part.startswith(("critic", "value_net", "mlp_extractor.value_net"))
     }
     statistics = model.get_vec_normalize_env()
-    about = {"squashed": squashed, "kwargs": kwargs, "told": told, "statistics": None}
+    about = {"squashed": squashed, "kwargs": {"use_sde": model.use_sde, **kwargs}, "told": told, "statistics": None}
     if statistics is not None:
         seen: Any = statistics.obs_rms
         about["statistics"] = {

@@ -75,7 +75,7 @@ SUITE: dict[str, SuiteTask] = {
     ),
     "InvertedPendulum": SuiteTask("InvertedPendulum-v5", {"gear": 5.0}, _own("inverted-pendulum"), 1000),
     "InvertedDoublePendulum": SuiteTask(
-        "InvertedDoublePendulum-v5", {"mass.pole2": 5.0}, _own("inverted-double-pendulum"), 1000
+        "InvertedDoublePendulum-v5", {"mass.pole2": 10.0}, _own("inverted-double-pendulum"), 1000
     ),
     "HalfCheetah": SuiteTask("HalfCheetah-v5", {"gear.bshin": 0.2, "gear.fshin": 0.2}, _own("half-cheetah"), 300),
     "Swing-up": SwingUpTask("", {}, {"nominal": "swing-up-nominal"}, 500),

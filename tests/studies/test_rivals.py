@@ -242,7 +242,7 @@ def test_after_an_absurd_label_a_rival_learns_on(rival: str) -> None:
 
 
 def test_each_rival_has_five_settings_to_tune_over() -> None:
-    assert list(CANDIDATES) == list(RIVALS)
+    assert {methods[0].kind for methods in CANDIDATES.values()} == set(RIVALS)
     assert {len(methods) for methods in CANDIDATES.values()} == {5}
     names = [method.name for methods in CANDIDATES.values() for method in methods]
     assert len(set(names)) == len(names)
