@@ -82,6 +82,7 @@ class ModelAverage(WholeModule):
         self.ratios, self.start_shares = np.array(ratios)[:, None], np.array(shares)
         config = HeadConfig(structure="shared", rho=0.0, last_variance=prior_variance, history=history)
         self.head = BayesianHead(in_features, out_features * self.models, config)
+        self._own_lock()
         self.spread, self.first = float(in_features), first
         for name, value in self._at_start().items():
             self.register_buffer(name, value)
@@ -89,6 +90,12 @@ class ModelAverage(WholeModule):
         self._mean: Tensor | None = None
         # Evidence before each update. The newest belong to what the head remembers; older ones are never asked for.
         self._before: deque[dict[str, Tensor]] = deque(maxlen=history)
+
+    def _own_lock(self) -> None:
+        """One lock for both: with one each, a fork could take them in another order than an update and wait forever."""
+        super()._own_lock()
+        if "head" in self._modules:
+            self.head._lock = self._lock
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments that make such a head again, for a file."""
