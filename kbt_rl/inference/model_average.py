@@ -121,12 +121,12 @@ class ModelAverage(WholeModule):
             raise ValueError(f"spread is {spread}; a sum of variances is positive and finite")
         given = units.pop("target_scale", None)
         scale = checks.positive("target_scale", given, (self.out_features,), self.head.mean)
-        noise = torch.from_numpy(self.ratios).to(scale) * scale.square()
         evidence, tiled = self._at_start(), {"target_scale": scale.repeat(self.models)}
         with self._lock:
             started = copy.deepcopy(self.head)  # two changes, of which the second may fail
             started.reset(weight.repeat(self.models, 1), bias.repeat(self.models), **units, **tiled)
-            started.set_noise(torch.diag(noise.flatten()))
+            # To the bit the same for all outputs of a model, which would else not share a covariance.
+            started.noise_cov = torch.from_numpy(self.ratios).to(scale).repeat(1, self.out_features).flatten().diag()
             with self._changing():
                 self.head.load_state_dict(started.state_dict())
                 self._replace(evidence)

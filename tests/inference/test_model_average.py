@@ -305,6 +305,15 @@ def test_reopening_brings_the_doubt_back() -> None:
     torch.testing.assert_close(own, fresh)
 
 
+def test_outputs_of_a_model_share_a_covariance_whatever_their_scales() -> None:
+    head, layer = ModelAverage(FEATURES, 9), linear(FEATURES, 9)
+    head.reset(layer.weight, layer.bias, target_scale=randn(9, seed=2).exp())
+    features, target = stream(9)
+    for row in range(3):
+        head.update(features[row : row + 1], target[row : row + 1])
+    assert len(head.head.cov_0) == len(RATIOS)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"ratios": [1.0], "shares": [0.5, 0.5]}, {"ratios": [], "shares": []}, {"ratios": [0.0], "shares": [1.0]}],
