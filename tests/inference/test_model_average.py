@@ -10,16 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import linear, randn
+from conftest import MACHINE_CODE, linear, randn
 from scipy import stats
 from torch import Tensor, nn
 from wholeness.attacks import bits
 
+from kbt_rl.inference.engines import registry as engines
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.model_average import RATIOS, SHARES, ModelAverage
 
 FEATURES, OUTPUTS, ROWS = 4, 2, 30
 PRIOR = 0.25
+
+
+@pytest.fixture(params=["torch", pytest.param("numba", marks=MACHINE_CODE)], autouse=True)
+def _code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        for name in ("engine_for", "average_engine_for"):
+            monkeypatch.setattr(engines, name, lambda kind: None)
 
 
 def average(outputs: int = OUTPUTS, spread: float = 1e-6, **settings: Any) -> ModelAverage:
