@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import accuracy, blocks, layers, page, rows, speed
+from benchmarks import accuracy, adapted, blocks, layers, page, rows, speed
 from studies.cloned import ClonedTrial
 from studies.methods import DEFAULT, kbt
 from studies.runner import Store, make
@@ -95,6 +95,8 @@ class Bench:
         parts: dict[str, Callable[[], None]] = {
             speed.PAPER: lambda: beside(speed.paper_head(seconds)),
             "shared layer": lambda: beside(layers.shared_layer(seconds, self.quick)),
+            "several noises": lambda: found.rows.extend(adapted.several_noises(seconds)),
+            "adapted policies": lambda: found.rows.extend(adapted.adapted_policies(seconds)),
             "classes": lambda: found.rows.extend(layers.classes(seconds, self.quick)),
             "every layer": lambda: found.rows.extend(layers.every_layer(seconds)),
             "sweeps": lambda: found.rows.extend(speed.sweeps(seconds / 3, 64 if self.quick else 1024)),

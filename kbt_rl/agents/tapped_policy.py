@@ -320,4 +320,4 @@ class TappedPolicy:
 
 
 def _rows(features: Tensor) -> Tensor:
-    return features.reshape(-1, features.shape[-1])
+    return features if features.ndim == 2 else features.reshape(-1, features.shape[-1])

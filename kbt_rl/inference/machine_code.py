@@ -30,11 +30,11 @@ def kernels() -> SimpleNamespace | None:
     if numba.config.DISABLE_JIT:
         return None
     try:
-        from kbt_rl.inference.kernels import classes, outputs, relu, roots, small
+        from kbt_rl.inference.kernels import average, classes, outputs, relu, roots, small
     except Exception as error:
         _unusable(error)
         return None
-    return SimpleNamespace(classes=classes, outputs=outputs, relu=relu, roots=roots, small=small)
+    return SimpleNamespace(average=average, classes=classes, outputs=outputs, relu=relu, roots=roots, small=small)
 
 
 def _unusable(error: Exception) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kbt_rl.inference import checks, loading
 from kbt_rl.inference.config import HeadConfig
+from kbt_rl.inference.engines import registry as engines
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.likelihoods.base import Link
@@ -82,13 +83,21 @@ class ModelAverage(WholeModule):
         self.ratios, self.start_shares = np.array(ratios)[:, None], np.array(shares)
         config = HeadConfig(structure="shared", rho=0.0, last_variance=prior_variance, history=history)
         self.head = BayesianHead(in_features, out_features * self.models, config)
+        self._own_lock()
         self.spread, self.first = float(in_features), first
+        self._engine = engines.average_engine_for(self.head.kind)
         for name, value in self._at_start().items():
             self.register_buffer(name, value)
-        # Weights ``(d + 1, o)`` of the mixture's mean; None after a change, until they are asked for.
-        self._mean: Tensor | None = None
+        # The mixture's mean as a layer; None after a change, until it is asked for.
+        self._mean: tuple[Tensor, Tensor] | None = None
         # Evidence before each update. The newest belong to what the head remembers; older ones are never asked for.
         self._before: deque[dict[str, Tensor]] = deque(maxlen=history)
+
+    def _own_lock(self) -> None:
+        """One lock for both: with one each, a fork could take them in another order than an update and wait forever."""
+        super()._own_lock()
+        if "head" in self._modules:
+            self.head._lock = self._lock
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments that make such a head again, for a file."""
@@ -114,12 +123,12 @@ class ModelAverage(WholeModule):
             raise ValueError(f"spread is {spread}; a sum of variances is positive and finite")
         given = units.pop("target_scale", None)
         scale = checks.positive("target_scale", given, (self.out_features,), self.head.mean)
-        noise = torch.from_numpy(self.ratios).to(scale) * scale.square()
         evidence, tiled = self._at_start(), {"target_scale": scale.repeat(self.models)}
         with self._lock:
             started = copy.deepcopy(self.head)  # two changes, of which the second may fail
             started.reset(weight.repeat(self.models, 1), bias.repeat(self.models), **units, **tiled)
-            started.set_noise(torch.diag(noise.flatten()))
+            # To the bit the same for all outputs of a model, which would else not share a covariance.
+            started.noise_cov = torch.from_numpy(self.ratios).to(scale).repeat(1, self.out_features).flatten().diag()
             with self._changing():
                 self.head.load_state_dict(started.state_dict())
                 self._replace(evidence)
@@ -141,6 +150,19 @@ class ModelAverage(WholeModule):
             ValueError: Wrong shape, or not finite.
             UpdateError: The result would not be a proper posterior.
         """
+        with self._lock:
+            done = self._at_once(features, target)
+            return self._learned(features, target) if done is None else done
+
+    def _at_once(self, features: Rows, target: Rows) -> UpdateInfo | None:
+        """A whole update by machine code, of one row; None, and nothing done, for all others."""
+        if self._engine is None or self._before.maxlen:
+            return None
+        self.changed()  # before, so that no signal comes between the update and this
+        return self._engine.learn_all(self._all_buffers(), features, target, self.ratios, self.spread, self.first)
+
+    def _learned(self, features: Rows, target: Rows) -> UpdateInfo:
+        """An update by the definition."""
         rows, labels = checks.as_array(features), np.asarray(checks.as_array(target), dtype=np.float64)
         if labels.shape != (len(rows), self.out_features):
             raise ValueError(
@@ -150,8 +172,7 @@ class ModelAverage(WholeModule):
         some = given.any(axis=1)
         if not some.any():
             return UpdateInfo.without_labels()
-        with self._lock:
-            return self._learn(rows[some], labels[some], given[some])
+        return self._learn(rows[some], labels[some], given[some])
 
     def _learn(self, rows: Array, labels: Array, given: Mask) -> UpdateInfo:
         """Learn rows that all have a label for some output."""
@@ -243,20 +264,33 @@ class ModelAverage(WholeModule):
 
     # ------------------------------------------------------------------ prediction
 
-    @torch.no_grad()
     def mean_outputs(self, features: Rows) -> Tensor:
         """Mean of the outputs in units of the target, ``(..., o)``."""
-        rows = features if isinstance(features, Tensor) else torch.from_numpy(checks.as_array(features))
+        rows = features.detach() if isinstance(features, Tensor) else torch.from_numpy(checks.as_array(features))
         if rows.ndim == 0 or rows.shape[-1] != self.in_features:
             raise ValueError(f"features have shape {tuple(rows.shape)}; expected (rows, {self.in_features})")
         with self._lock:
-            if self._mean is None:
-                shares = torch.from_numpy(self.evidence.shares).to(self.head.mean)
-                each = self.head.mean.view(self.models, self.out_features, -1)
-                self._mean = torch.einsum("k,koi->io", shares, each) * self.target_scale
-            scaled = (rows.to(self._mean) - self.head.feature_mean) / self.head.feature_scale
-            flat = torch.addmm(self._mean[-1], scaled.reshape(-1, self.in_features), self._mean[:-1])
-            return flat.view(*rows.shape[:-1], self.out_features)
+            weight, bias = self._layer()
+        return torch.nn.functional.linear(rows.to(weight), weight, bias)
+
+    def _layer(self) -> tuple[Tensor, Tensor]:
+        """Weight ``(o, d)`` and bias ``(o,)`` of the mixture's mean, for features and targets in their own units."""
+        if self._mean is None:
+            found = None if self._engine is None else self._engine.layer(self._all_buffers())
+            self._mean = self._folded() if found is None else found
+        return self._mean
+
+    @torch.no_grad()
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        shares = self.log_shares.softmax(0)
+        mixed = (shares @ self.head.mean.view(self.models, -1)).view(self.out_features, -1)
+        mixed = mixed * self.target_scale.unsqueeze(-1)
+        weight = mixed[:, :-1] / self.head.feature_scale
+        return weight, mixed[:, -1] - weight @ self.head.feature_mean
+
+    def _all_buffers(self) -> dict[str, Any]:
+        """Of the head and its evidence."""
+        return {**self.head._buffers, **self._buffers}
 
     def predict(self, features: Rows) -> Prediction:
         """Distribution of the target for each row of ``features`` ``(B, d)``, of the mixture.
@@ -338,7 +372,12 @@ class ModelAverage(WholeModule):
 
     def _fresh(self) -> dict[str, Any]:
         # The head of the same moment: what a copy holds is copied when the lock is free again.
-        return {"_before": deque(maxlen=self._before.maxlen), "_modules": {"head": copy.deepcopy(self.head)}}
+        empty = deque[Any](maxlen=self._before.maxlen)
+        return {"_before": empty, "_modules": {"head": copy.deepcopy(self.head)}, "_engine": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._engine = engines.average_engine_for(self.head.kind)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModelAverage:
         """Follow a change of device, as the head inside does."""

@@ -30,23 +30,31 @@ class Heard(NamedTuple):
 
 
 class _Call:
-    """A call in progress in one thread."""
+    """A call in progress in one thread.
+
+    Attributes:
+        inputs: Of the tapped layers, the last layer's first; None where one has not run yet.
+        features: See ``Heard``; None until they are asked for.
+        answer: See ``Tap.hear``.
+    """
 
     def __init__(self, layers: int, answer: Answer | None) -> None:
         self.inputs: list[Tensor | None] = [None] * layers
+        self.features: Tensor | None = None
         self.answer = answer
 
-    def features(self) -> Tensor:
-        """See ``Heard``."""
-        last = self.inputs[0]
+    def joined(self) -> Tensor:
+        """The features, put together from what the layers were given."""
+        last, *skipped = self.inputs
         if last is None:
             raise ValueError("the network ran without its tapped layer; tap the layer that its actions come from")
         parts = [last]
-        for skipped in self.inputs[1:]:
-            if skipped is None or skipped.shape[:-1] != last.shape[:-1]:
+        for other in skipped:
+            if other is None or other.shape[:-1] != last.shape[:-1]:
                 raise ValueError("a tapped layer did not run, or with other rows than the last one; use skip='none'")
-            parts.append(skipped)
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else last
+            parts.append(other)
+        features = torch.cat(parts, dim=-1) if skipped else last
+        return features.detach() if features.requires_grad else features
 
 
 class Tap:
@@ -61,7 +69,7 @@ class Tap:
         self.layer, self.skipped = layer, tuple(skipped)
         self._calls: dict[int, _Call] = {}  # by thread
         self._handles = [layer.register_forward_hook(_Mouth(self))]
-        for index, source in enumerate((layer, *skipped)):
+        for index, source in enumerate(skipped, start=1):
             self._handles.append(source.register_forward_pre_hook(_Ear(self, index)))
 
     def hear(self, call: Callable[[], T], answer: Answer | None = None) -> Heard:
@@ -74,10 +82,10 @@ class Tap:
         thread = get_ident()
         if thread in self._calls:
             raise RuntimeError("the tapped network calls itself")
-        now = self._calls[thread] = _Call(len(self._handles) - 1, answer)
+        now = self._calls[thread] = _Call(len(self._handles), answer)
         try:
             result = call()
-            return Heard(now.features(), result)
+            return Heard(now.joined() if now.features is None else now.features, result)
         finally:
             del self._calls[thread]
 
@@ -103,20 +111,26 @@ class _Hook:
 
 
 class _Ear(_Hook):
-    """Tells a tap what one of its layers was given."""
+    """Tells a tap what one of the skipped layers was given."""
 
     def __call__(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         now = self._tap.current()
         if now is not None:
-            now.inputs[self._index] = inputs[0].detach()
+            now.inputs[self._index] = inputs[0]
 
 
 class _Mouth(_Hook):
-    """Answers in the place of the last layer."""
+    """Tells a tap what the last layer was given, and answers in its place."""
 
-    def __call__(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+    def __call__(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         now = self._tap.current()
-        return None if now is None or now.answer is None else now.answer(now.features(), output)
+        if now is None:
+            return None
+        now.inputs[0] = inputs[0]
+        if now.answer is None:
+            return None
+        now.features = now.joined()
+        return now.answer(now.features, output)
 
 
 def untapped(module: nn.Module) -> None:

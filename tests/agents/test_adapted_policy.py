@@ -25,6 +25,8 @@ from torch import nn
 from kbt_rl import AdaptedPolicy, Fallback, HeadConfig, KalmanAdapter, Sample, Teacher, adapt
 from kbt_rl.agents.adaptation import Adaptation
 from kbt_rl.callbacks import ReopenOnDetection, VarianceGate
+from kbt_rl.networks.base import Call
+from kbt_rl.networks.sb3 import SB3Network
 
 PENDULUM, CARTPOLE = "Pendulum-v1", "CartPole-v1"
 SQUASHED = {"use_sde": True, "policy_kwargs": {"squash_output": True}}
@@ -136,6 +138,16 @@ def test_every_algorithm_acts_as_before_the_first_label_and_after_detach(name: s
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_is_run_as_sb3_runs_it(name: str) -> None:
+    model = ALGORITHMS[name]()
+    network, rows = SB3Network(model.policy), observations(model)
+    one = {name: value[0] for name, value in rows.items()} if isinstance(rows, dict) else rows[0]
+    for given in (rows, one):
+        expected = np.asarray(model.policy.predict(given, deterministic=True)[0])
+        np.testing.assert_array_equal(network.run(Call(given))[0], expected, strict=True)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_learns_a_label_and_leaves_the_model_alone(name: str) -> None:
     model = ALGORITHMS[name]()
     rows, weights = observations(model, 1), unchanged(model)
@@ -155,6 +167,16 @@ def test_every_algorithm_learns_a_label_and_leaves_the_model_alone(name: str) ->
     assert unchanged(model) == weights
     policy.rollback(policy.head.undoable)
     np.testing.assert_allclose(policy.predict(rows, deterministic=True)[0], before, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["PPO", "SAC", "DQN", "RecurrentPPO", "MaskablePPO"])
+def test_a_policy_that_was_trained_again_acts_in_evaluation_mode(name: str) -> None:
+    model = ALGORITHMS[name]()
+    policy, rows = adapted(model), observations(model)
+    for part in (model.policy, policy.network.module):
+        part.train()
+        policy.predict(rows, deterministic=True)
+        assert not any(module.training for module in policy.network.module.modules())
 
 
 def test_the_moments_of_an_action_are_its_mean_and_covariances() -> None:

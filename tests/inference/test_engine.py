@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MACHINE_CODE, randn
+from conftest import MACHINE_CODE, generator, linear, randn
 from torch import Tensor
+from wholeness.attacks import bits
 
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.engines.classes import ClassesEngine
 from kbt_rl.inference.engines.outputs import OutputsEngine
 from kbt_rl.inference.engines.small import SmallEngine
 from kbt_rl.inference.head import BayesianHead
+from kbt_rl.inference.model_average import ModelAverage
 
 pytestmark = MACHINE_CODE
 
@@ -163,6 +165,80 @@ def test_an_engine_follows_buffers_that_are_replaced_or_moved() -> None:
     assert_same(head, other)
 
 
+# ---------------------------------------------------------------------- a layer under several noises
+
+# Outputs, settings, and how many entries of the labels are missing.
+AVERAGES: dict[str, tuple[int, dict[str, Any], float]] = {
+    "one output": (1, {}, 0.0),
+    "three outputs": (3, {}, 0.0),
+    "missing entries": (3, {}, 0.4),
+    "one noise": (3, {"ratios": [0.05], "shares": [1.0]}, 0.0),
+    "four noises": (2, {"ratios": [1e-4, 1e-3, 0.1, 1.0], "shares": [0.1, 0.2, 0.3, 0.4], "first": 1.0}, 0.2),
+}
+
+
+def average_of(outputs: int, **settings: Any) -> ModelAverage:
+    head, layer = ModelAverage(FEATURES, outputs, 0.25, **settings), linear(FEATURES, outputs, seed=1)
+    units = {"feature_mean": randn(FEATURES, seed=5), "feature_scale": randn(FEATURES, seed=6).exp()}
+    head.reset(layer.weight, layer.bias, spread=9.0, target_scale=randn(outputs, seed=7).exp(), **units)
+    return head
+
+
+def average_by_definition(outputs: int, **settings: Any) -> ModelAverage:
+    head = average_of(outputs, **settings)
+    head._engine = head.head._engine = None
+    return head
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_updates_and_means_of_a_model_average_equal_the_definition(name: str) -> None:
+    outputs, settings, missing = AVERAGES[name]
+    fast, slow = average_of(outputs, **settings), average_by_definition(outputs, **settings)
+    features, target, at = randn(30, FEATURES, seed=10), randn(30, outputs, seed=11), randn(5, FEATURES, seed=20)
+    target[torch.rand(30, outputs, generator=generator(8)) < missing] = torch.nan
+    target[20] *= 100.0  # a wild one
+    for row in range(30):
+        one = slice(row, row + 1)
+        ours, theirs = fast.update(features[one], target[one]), slow.update(features[one], target[one])
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(fast.mean_outputs(at), slow.mean_outputs(at), rtol=1e-11, atol=1e-12)
+    for key, value in fast.state_dict().items():
+        torch.testing.assert_close(value, slow.state_dict()[key], rtol=1e-11, atol=1e-12, msg=key)
+
+
+def test_one_call_of_machine_code_learns_a_label_under_all_noises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a head whose first label has parted its models, and of copies of it."""
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("the general way was taken")
+
+    features, target, head = randn(2, FEATURES, seed=10), randn(2, 3, seed=11), average_of(3)
+    head.update(features[:1], target[:1])
+    heads = [way(head) for way in WAYS.values()]
+    monkeypatch.setattr(ModelAverage, "_learned", forbidden)
+    for one in heads:
+        one.update(features[1:].float(), target[1:].numpy())
+        assert int(one.labels_seen) == 2
+    assert bits(heads[0]) == bits(heads[1]) == bits(heads[2])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, -1e200])
+@pytest.mark.parametrize("where", ["features", "target"])
+def test_what_machine_code_leaves_the_definition_refuses_under_all_noises(value: float, where: str) -> None:
+    outcomes = []
+    for head in (average_of(3), average_by_definition(3)):
+        features, target = randn(2, FEATURES, seed=10), randn(2, 3, seed=11)
+        head.update(features[:1], target[:1])
+        (features if where == "features" else target)[1, 0] = value
+        before = bits(head)
+        try:
+            outcomes.append(head.update(features[1:], target[1:]).labels)
+        except ValueError as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+            assert bits(head) == before
+    assert outcomes[0] == outcomes[1]
+
+
 SCRIPT = """
     import sys, warnings
     {before}
@@ -170,9 +246,14 @@ SCRIPT = """
     import torch
     from kbt_rl.inference.config import HeadConfig
     from kbt_rl.inference.head import BayesianHead
+    from kbt_rl.inference.model_average import ModelAverage
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         total = 0.0
+        average = ModelAverage(3, 1)
+        for step in range(3):
+            average.update(torch.full((1, 3), 0.1 * step), torch.ones(1, 1))
+        total += float(average.mean_outputs(torch.ones(1, 3)))
         for layers in ({layers},):
             head = BayesianHead(3, 1, HeadConfig(layers=layers))
             for step in range(3):

@@ -10,16 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import linear, randn
+from conftest import MACHINE_CODE, linear, randn
 from scipy import stats
 from torch import Tensor, nn
 from wholeness.attacks import bits
 
+from kbt_rl.inference.engines import registry as engines
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.model_average import RATIOS, SHARES, ModelAverage
 
 FEATURES, OUTPUTS, ROWS = 4, 2, 30
 PRIOR = 0.25
+
+
+@pytest.fixture(params=["torch", pytest.param("numba", marks=MACHINE_CODE)], autouse=True)
+def _code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        for name in ("engine_for", "average_engine_for"):
+            monkeypatch.setattr(engines, name, lambda kind: None)
 
 
 def average(outputs: int = OUTPUTS, spread: float = 1e-6, **settings: Any) -> ModelAverage:
@@ -303,6 +311,15 @@ def test_reopening_brings_the_doubt_back() -> None:
     own = head.head.epistemic_variance(at)
     fresh = average().head.epistemic_variance(at)
     torch.testing.assert_close(own, fresh)
+
+
+def test_outputs_of_a_model_share_a_covariance_whatever_their_scales() -> None:
+    head, layer = ModelAverage(FEATURES, 9), linear(FEATURES, 9)
+    head.reset(layer.weight, layer.bias, target_scale=randn(9, seed=2).exp())
+    features, target = stream(9)
+    for row in range(3):
+        head.update(features[row : row + 1], target[row : row + 1])
+    assert len(head.head.cov_0) == len(RATIOS)
 
 
 @pytest.mark.parametrize(

@@ -79,17 +79,17 @@ def module(learned: int = 1, **settings: Any) -> LinearisedHead:
     return subject
 
 
-def average(learned: int = 1, *, undoable: int = 0) -> ModelAverage:
-    """A layer under several label noises."""
-    subject = copy.deepcopy(_average(learned))
+def average(learned: int = 1, *, undoable: int = 0, history: int = 3) -> ModelAverage:
+    """A layer under several label noises; machine code learns where there is no history."""
+    subject = copy.deepcopy(_average(learned, history))
     for seed in range(undoable):  # a copy has a history of its own
         subject.update(*rows(1, 2, seed))
     return subject
 
 
 @cache
-def _average(learned: int) -> ModelAverage:
-    subject = ModelAverage(FEATURES, 2, history=3)
+def _average(learned: int, history: int) -> ModelAverage:
+    subject = ModelAverage(FEATURES, 2, history=history)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         linear = nn.Linear(FEATURES, 2)
@@ -153,6 +153,7 @@ HEAD_CHANGES: dict[str, Change] = {
     "update, with history": Change(with_history, update(2)),
     "update, every layer of a module": Change(module, update(3)),
     "update, several noises": Change(average, update(3)),
+    "update, several noises, one label": Change(lambda: average(history=0), update(1)),
     "rollback, several noises": Change(lambda: average(undoable=2), rolled_back),
     "reset, several noises": Change(average, lambda subject: subject.reset(torch.ones(2, FEATURES), torch.ones(2))),
     "reopen, several noises": Change(average, lambda subject: subject.reopen(0.5)),

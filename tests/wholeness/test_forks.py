@@ -22,7 +22,7 @@ from kbt_rl.inference.batch import HeadBatch
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.loading import load_whole
 from wholeness.attacks import Stop, bits, handled
-from wholeness.subjects import FEATURES, HEADS, batch, head, rows
+from wholeness.subjects import FEATURES, HEADS, average, batch, head, rows
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
@@ -99,6 +99,8 @@ SUBJECTS: dict[str, Callable[[], Any]] = {
     "two layers, joint": lambda: head(layers=2, structure="joint"),
     "learned noise": lambda: head(noise="learned"),
     "a batch": lambda: batch(noise="learned", layers=3),
+    "several noises": lambda: average(history=0),
+    "several noises, with history": average,
 }
 
 

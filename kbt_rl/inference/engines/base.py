@@ -50,6 +50,12 @@ class Engine(ABC):
     def predict(self, buffers: Buffers, features: Rows, variances: bool = True) -> Gaussian | None:
         """Mean ``(N, o)`` of the outputs for rows ``(N, d)``, and their variances ``(N, o)`` or covariances."""
 
+    def run_once(self, buffers: Buffers, row: Array, target: Array) -> None:
+        """Run all machine code, which is compiled or loaded by its first call."""
+        self.predict(buffers, row)
+        self.predict(buffers, row, False)
+        self.learn(buffers, row, target)
+
     def arrays(self, buffers: Buffers) -> dict[str, Array] | None:
         """The buffers as arrays, bound anew when one was replaced or moved; None on another device.
 

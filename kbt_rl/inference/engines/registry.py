@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from kbt_rl.inference.config import StructureName
+from kbt_rl.inference.engines.average import AverageEngine
 from kbt_rl.inference.engines.base import Engine
 from kbt_rl.inference.engines.classes import ClassesEngine
 from kbt_rl.inference.engines.outputs import OutputsEngine
@@ -40,6 +41,14 @@ def batch_engine_for(kind: Kind) -> BatchEngine | None:
     return BatchEngine(kind, kernels())
 
 
+def average_engine_for(kind: Kind) -> AverageEngine | None:
+    """Machine code for the head of a ``ModelAverage`` together with its evidence, or None."""
+    if not AverageEngine.serves(kind) or kernels() is None:
+        return None
+    _prepare(AverageEngine, kind)
+    return AverageEngine(kind, kernels())
+
+
 _prepared: set[tuple[Any, ...]] = set()
 
 
@@ -54,9 +63,7 @@ def _prepare(engine: type[Engine], kind: Kind) -> None:
     tried, row = engine(tiny, kernels()), np.zeros((1, 1))
     target, buffers = np.full((1, tiny.out_features), 1.0 / tiny.out_features), tiny.tensors()
     with _said_if_long():
-        tried.predict(buffers, row)
-        tried.predict(buffers, row, False)
-        tried.learn(buffers, row, target)
+        tried.run_once(buffers, row, target)
 
 
 @contextmanager
