@@ -65,6 +65,7 @@ def _own(name: str) -> dict[Role, str]:
 
 
 _M15 = {"m": 1.5}
+_WEAK_SHINS = {"gear.bshin": 0.2, "gear.fshin": 0.2}
 #: The tasks by name.
 SUITE: dict[str, SuiteTask] = {
     "CartPole": SuiteTask("CartPole-v1", {"length": 3.0}, _own("cartpole"), 500),
@@ -77,7 +78,8 @@ SUITE: dict[str, SuiteTask] = {
     "InvertedDoublePendulum": SuiteTask(
         "InvertedDoublePendulum-v5", {"mass.pole2": 10.0}, _own("inverted-double-pendulum"), 1000
     ),
-    "HalfCheetah": SuiteTask("HalfCheetah-v5", {"gear.bshin": 0.2, "gear.fshin": 0.2}, _own("half-cheetah"), 300),
+    "HalfCheetah, policy 0": SuiteTask("HalfCheetah-v5", _WEAK_SHINS, _own("half-cheetah-0"), 300),
+    "HalfCheetah, policy 1": SuiteTask("HalfCheetah-v5", _WEAK_SHINS, _own("half-cheetah-1"), 300),
     "Swing-up": SwingUpTask("", {}, {"nominal": "swing-up-nominal"}, 500),
     "Reacher": SuiteTask("Reacher-v5", {"gear.0": -1.0}, _own("reacher"), 50),
 }  # fmt: skip

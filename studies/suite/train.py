@@ -84,8 +84,11 @@ RECIPES: dict[str, Recipe] = {
     "inverted-double-pendulum": Recipe(
         "InvertedDoublePendulum", PPO, 300_000, 300_000, _MUJOCO, envs=8, normalised=True
     ),
-    "half-cheetah": Recipe(
-        "HalfCheetah", PPO, 400_000, 300_000, _MUJOCO, envs=8, normalised=True, episode=1000, seed=1
+    "half-cheetah-0": Recipe(
+        "HalfCheetah, policy 0", PPO, 500_000, 400_000, _MUJOCO, envs=8, normalised=True, episode=1000
+    ),
+    "half-cheetah-1": Recipe(
+        "HalfCheetah, policy 1", PPO, 400_000, 300_000, _MUJOCO, envs=8, normalised=True, episode=1000, seed=1
     ),
     "reacher": Recipe("Reacher", PPO, 500_000, 400_000, _MUJOCO, envs=8, normalised=True),
 }  # fmt: skip

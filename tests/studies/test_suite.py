@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from kbt_rl.envs.plant import DT, rk4_step
 from studies.policies import report
 from studies.policies import run as run_policies
+from studies.rivals.registry import CANDIDATES
 from studies.statistics import interquartile
 from studies.suite import stored, train
 from studies.suite.methods import FIXED, KBT, NONE, TEACHER, build
@@ -191,7 +192,7 @@ def test_the_report_writes_the_summary_and_a_picture(tmp_path: Path) -> None:
     table = tiny.run(trials, tmp_path)  # type: ignore[arg-type]
     shown = list(report(table))
     (summary,) = [one for one in shown if isinstance(one, Summary)]
-    lines = list(csv.DictReader(summary.write(tmp_path).open()))
+    lines = list(csv.DictReader(summary.write(tmp_path).read_text().splitlines()))
     assert [(line["task"], line["method"], line["labels"]) for line in lines] == [
         ("InvertedPendulum", KBT.name, "2"), ("InvertedPendulum", KBT.name, "4"),
     ]  # fmt: skip
@@ -201,7 +202,10 @@ def test_the_report_writes_the_summary_and_a_picture(tmp_path: Path) -> None:
 def test_rivals_were_tuned_for_every_task() -> None:
     best = json.loads((Path(stored.__file__).parent / "tuned.json").read_text())
     assert set(best) == set(SUITE)
-    assert len({tuple(kinds) for kinds in best.values()}) == 1
+    assert {tuple(sorted(names)) for names in best.values()} == {tuple(sorted(CANDIDATES))}
+    for settings in best.values():
+        for name, found in settings.items():
+            assert found in [method.settings for method in CANDIDATES[name]]
 
 
 # ---------------------------------------------------------------------- the swing-up
