@@ -77,8 +77,8 @@ def load(path: str | Path, model: Any, kind: type[Policy]) -> Policy:
         network = _network(model, settings)
         if network.fingerprint() != settings["fingerprint"]:
             raise ValueError(
-                f"it was saved of another model than this {type(model).__name__}, whose weights differ; load the one "
-                "that was adapted"
+                f"it was saved of another model than this {type(model).__name__}, whose weights or settings "
+                "differ; load the one that was adapted"
             )
         modules = dict(network.module.named_modules())
         layers: list[Any] = [modules[name] for name in settings["layers"]]

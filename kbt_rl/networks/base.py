@@ -62,6 +62,14 @@ class Network(ABC):
     def run(self, call: Call) -> tuple[Array, State]:
         """The network's own actions and its next state; ``layer`` runs once."""
 
+    def rows(self, features: Tensor) -> Tensor:
+        """Of what the layer sees in a run ``(..., d)``, the rows that actions come from, ``(n, d)``."""
+        return features.reshape(-1, features.shape[-1])
+
+    def with_action(self, state: State, actions: Array) -> State:
+        """The next state of a network that remembers actions, with those that were taken ``(n, ...)``."""
+        return state
+
     def is_single(self, observation: Any) -> bool:
         """Whether it is one observation, without an axis for rows."""
         space: Any = self.observation_space
