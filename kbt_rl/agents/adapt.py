@@ -50,7 +50,7 @@ def adapt(
 
     Args:
         model: An SB3 or sb3-contrib model or policy, a ``HuggingFaceTransformer``, or a module from observations to
-            outputs ``(n, o)``.
+            outputs ``(n, o)`` or chunks of actions ``(n, chunk, a)``.
         states: Observations that the policy was trained on ``(n, ...)``, some hundreds, or an environment (a ``VecEnv``
             where the policy needs one) to collect 1,000 in; what the head sees is put into units by them. Without them
             features keep the network's units.

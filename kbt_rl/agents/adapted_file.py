@@ -114,7 +114,7 @@ def _head(settings: Mapping[str, Any], features: Tensor, network: Network) -> He
 
 def _network(model: Any, settings: Mapping[str, Any]) -> Network:
     shape = settings["observation_shape"]
-    probe = None if shape is None else np.zeros((2, *shape), dtype=np.float32)
+    probe = None if shape is None else np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
     return network_of(model, settings["layers"][0], probe, settings["link"])
 
 

@@ -265,7 +265,7 @@ class TappedPolicy:
         """See ``OnlinePolicy``; always the mean action."""
         masks = None if self.masks_from is None else self.masks_from()
         actions = self.network.link.decide(self.head.mean_outputs(features).cpu().numpy(), masks)
-        taken_over = np.zeros(len(features), dtype=bool)
+        taken_over = np.zeros(len(actions), dtype=bool)
         if self.fallback is not None:
             taken_over = self.fallback.exceeded(self._deviation(features))
             if taken_over.any():
@@ -287,7 +287,8 @@ class TappedPolicy:
 
     def _deviation(self, features: Tensor) -> Array:
         variance = self.head.epistemic_variance(features)
-        deviation: Array = (variance.sqrt() * self.head.target_scale).amax(-1).cpu().numpy()
+        each = (variance.sqrt() * self.head.target_scale).reshape(-1, self.network.chunk * variance.shape[-1])
+        deviation: Array = each.amax(-1).cpu().numpy()
         return deviation
 
     def _of_fallback(self, observations: Any, taken_over: npt.NDArray[np.bool_]) -> Array:

@@ -43,6 +43,8 @@ class _Call:
             raise ValueError("the network ran without its tapped layer; tap the layer that its actions come from")
         parts = [last]
         for skipped in self.inputs[1:]:
+            if skipped is not None and skipped.ndim == 2 < last.ndim and len(skipped) == len(last):  # of a chunk
+                skipped = skipped.reshape(len(last), *[1] * (last.ndim - 2), -1).expand(*last.shape[:-1], -1)
             if skipped is None or skipped.shape[:-1] != last.shape[:-1]:
                 raise ValueError("a tapped layer did not run, or with other rows than the last one; use skip='none'")
             parts.append(skipped)
