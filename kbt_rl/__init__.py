@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kbt_rl.inference.head import BayesianHead
     from kbt_rl.inference.linearised import LinearisedHead
     from kbt_rl.models.decision_transformer import DecisionTransformerConfig
+    from kbt_rl.networks.hugging_face import HuggingFaceTransformer
 
 __version__ = "0.2.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "Fallback",
     "HeadBatch",
     "HeadConfig",
+    "HuggingFaceTransformer",
     "InvertedPendulumParams",
     "KalmanAdapter",
     "LQRExpert",
@@ -68,6 +70,7 @@ _MODULE_OF = {
     "Fallback": "kbt_rl.agents.fallback",
     "HeadBatch": "kbt_rl.inference.batch",
     "HeadConfig": "kbt_rl.inference.config",
+    "HuggingFaceTransformer": "kbt_rl.networks.hugging_face",
     "InvertedPendulumParams": "kbt_rl.envs",
     "KalmanAdapter": "kbt_rl.callbacks",
     "LQRExpert": "kbt_rl.agents.lqr",

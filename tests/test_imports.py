@@ -105,6 +105,7 @@ EXCEPTIONS = {
     "envs/parameters.py": {"mujoco"},
     "envs/sb3_vec_env.py": {"stable_baselines3"},
     "envs/video.py": {"kbt_rl.files", "PIL"},
+    "networks/hugging_face.py": {"kbt_rl.models.context", "transformers"},
     "inference/machine_code.py": {"numba"},
     "inference/kernels/": {"numba"},
 }

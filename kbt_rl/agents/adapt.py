@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
-from torch import nn
+from torch import Tensor, nn
 
 from kbt_rl.agents.adapted_policy import AdaptedPolicy
 from kbt_rl.agents.tapped_policy import Head, Start
@@ -48,7 +49,8 @@ def adapt(
     The model itself is not changed; ``detach`` of what is returned takes the last trace of this off it.
 
     Args:
-        model: An SB3 or sb3-contrib model or policy, or a module from observations to outputs ``(n, o)``.
+        model: An SB3 or sb3-contrib model or policy, a ``HuggingFaceTransformer``, or a module from observations to
+            outputs ``(n, o)`` or chunks of actions ``(n, chunk, a)``.
         states: Observations that the policy was trained on ``(n, ...)``, some hundreds, or an environment (a ``VecEnv``
             where the policy needs one) to collect 1,000 in; what the head sees is put into units by them. Without them
             features keep the network's units.
@@ -88,7 +90,7 @@ def adapt(
             )
             start, square = _unscaled(network, width), float(width)
         else:
-            start, square = _start(network, tap, _nominal(network, states, normaliser))
+            start, square = _start(network, tap, _nominal(network, tap, states, normaliser))
         posterior = _head(network, width, head, 1.0 / square, history).to(network.layer.weight.device)
         return AdaptedPolicy(model, network, tap, posterior, start, normaliser)
     except BaseException:
@@ -124,9 +126,8 @@ def _unscaled(network: Network, width: int) -> Start:
     return Start(torch.zeros(width), torch.ones(width), scale, float(width))
 
 
-def _start(network: Network, tap: Tap, states: Observation) -> tuple[Start, float]:
-    """Units of the head from nominal states, and the mean square of the features in these units, bias included."""
-    features = tap.hear(lambda: network.run(Call(states))).features.double()
+def _start(network: Network, tap: Tap, features: Tensor) -> tuple[Start, float]:
+    """Units of the head from nominal features, and the mean square of these in the units, bias included."""
     if len(features) < 2 or not bool(torch.isfinite(features).all()):
         raise ValueError(f"states gave {len(features)} rows of features; at least 2 are needed, and finite ones")
     mean, deviation = features.mean(0), features.std(0)
@@ -144,29 +145,30 @@ def _start(network: Network, tap: Tap, states: Observation) -> tuple[Start, floa
     return Start(mean, scale, units, float(scaled)), 1.0 + float(scaled)
 
 
-def _nominal(network: Network, states: Any, normaliser: Normaliser | None) -> Observation:
-    """Observations ``(n, ...)`` as the network takes them."""
+def _nominal(network: Network, tap: Tap, states: Any, normaliser: Normaliser | None) -> Tensor:
+    """Features of nominal states ``(n, d)``."""
     if isinstance(states, (gym.Env, VecEnv)):
-        return _collected(network, states, normaliser)
+        return _collected(network, tap, states, normaliser)
     array: Any = {name: np.asarray(value) for name, value in states.items()} if isinstance(states, dict) else states
-    nominal: Observation = finite(array if normaliser is None else normaliser(array))
-    return nominal
+    call = Call(finite(array if normaliser is None else normaliser(array)))
+    return network.rows(tap.hear(lambda: network.run(call)).features).double()
 
 
-def _collected(network: Network, env: gym.Env[Any, Any] | VecEnv, normaliser: Normaliser | None) -> Observation:
-    """Observations of the policy's own episodes in its nominal environment."""
+def _collected(network: Network, tap: Tap, env: gym.Env[Any, Any] | VecEnv, normaliser: Normaliser | None) -> Tensor:
+    """Features of the policy's own episodes in its nominal environment, a recurrent one's with its state."""
     envs = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
     normalised = unwrap_vec_normalize(envs)
     if normalised is not None and normalised.norm_obs:
         raise ValueError("states is an environment that normalises its observations; pass the one inside it (venv)")
     envs.seed(0)
     observation: Any = envs.reset()
-    seen: list[Any] = []
-    state, start = None, np.ones(envs.num_envs, dtype=bool)
+    seen: list[Tensor] = []
+    call = Call(observation, None, np.ones(envs.num_envs, dtype=bool))
     while len(seen) * envs.num_envs < NOMINAL_STEPS:
-        seen.append(observation if normaliser is None else normaliser(observation))
-        actions, state = network.run(Call(seen[-1], state, start))
+        call = call._replace(observation=observation if normaliser is None else normaliser(observation))
+        heard = tap.hear(functools.partial(network.run, call))
+        seen.append(network.rows(heard.features).double())
+        actions, state = heard.result
         observation, _, start, _ = envs.step(actions)
-    if isinstance(seen[0], dict):
-        return {name: np.concatenate([one[name] for one in seen]) for name in seen[0]}
-    return np.concatenate(seen)
+        call = call._replace(state=state, episode_start=start)
+    return torch.cat(seen)

@@ -47,6 +47,8 @@ class Adaptation(BayesianLearner):
         verbose: int = 0,
         seed: int | None = None,
     ) -> None:
+        if policy.network.chunk > 1:
+            raise ValueError("learn() asks for one action an observation, and this policy says a chunk; call update()")
         settings = {"stats_window_size": stats_window_size, "tensorboard_log": tensorboard_log, "verbose": verbose}
         super().__init__(BasePolicy, env, n_steps, seed, device="cpu", **settings)
         self.policy = policy

@@ -77,8 +77,8 @@ def load(path: str | Path, model: Any, kind: type[Policy]) -> Policy:
         network = _network(model, settings)
         if network.fingerprint() != settings["fingerprint"]:
             raise ValueError(
-                f"it was saved of another model than this {type(model).__name__}, whose weights differ; load the one "
-                "that was adapted"
+                f"it was saved of another model than this {type(model).__name__}, whose weights or settings "
+                "differ; load the one that was adapted"
             )
         modules = dict(network.module.named_modules())
         layers: list[Any] = [modules[name] for name in settings["layers"]]
@@ -114,7 +114,7 @@ def _head(settings: Mapping[str, Any], features: Tensor, network: Network) -> He
 
 def _network(model: Any, settings: Mapping[str, Any]) -> Network:
     shape = settings["observation_shape"]
-    probe = None if shape is None else np.zeros((2, *shape), dtype=np.float32)
+    probe = None if shape is None else np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
     return network_of(model, settings["layers"][0], probe, settings["link"])
 
 

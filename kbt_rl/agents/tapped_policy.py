@@ -127,7 +127,7 @@ class TappedPolicy:
         """
         call = Call(self._normalised(observation), state, episode_start, deterministic, action_masks)
         heard = self._attached().hear(lambda: self.network.run(call), self._answer)
-        features, (actions, next_state) = _rows(heard.features), heard.result
+        features, (actions, next_state) = self.network.rows(heard.features), heard.result
         if self.fallback is not None:
             taken_over = self.fallback.exceeded(self._deviation(features))
             if taken_over.any():
@@ -135,6 +135,7 @@ class TappedPolicy:
                 rows = self._batched(observation) if single else observation
                 actions = np.array(actions[np.newaxis] if single else actions)
                 actions[taken_over] = self._of_fallback(rows, taken_over)
+                next_state = self.network.with_action(next_state, actions)
                 actions = actions[0] if single else actions
         self._features = features
         return actions, next_state
@@ -253,8 +254,8 @@ class TappedPolicy:
         return self._glimpse(observations, context.state, episode_start)
 
     def with_action(self, context: Glimpse, actions: Array) -> Glimpse:
-        """See ``OnlinePolicy``; the network remembers what it needs."""
-        return context
+        """See ``OnlinePolicy``."""
+        return context._replace(state=self.network.with_action(context.state, actions))
 
     def encode(self, context: Glimpse) -> Tensor:
         """See ``OnlinePolicy``."""
@@ -264,7 +265,7 @@ class TappedPolicy:
         """See ``OnlinePolicy``; always the mean action."""
         masks = None if self.masks_from is None else self.masks_from()
         actions = self.network.link.decide(self.head.mean_outputs(features).cpu().numpy(), masks)
-        taken_over = np.zeros(len(features), dtype=bool)
+        taken_over = np.zeros(len(actions), dtype=bool)
         if self.fallback is not None:
             taken_over = self.fallback.exceeded(self._deviation(features))
             if taken_over.any():
@@ -286,7 +287,8 @@ class TappedPolicy:
 
     def _deviation(self, features: Tensor) -> Array:
         variance = self.head.epistemic_variance(features)
-        deviation: Array = (variance.sqrt() * self.head.target_scale).amax(-1).cpu().numpy()
+        each = (variance.sqrt() * self.head.target_scale).reshape(-1, self.network.chunk * variance.shape[-1])
+        deviation: Array = each.amax(-1).cpu().numpy()
         return deviation
 
     def _of_fallback(self, observations: Any, taken_over: npt.NDArray[np.bool_]) -> Array:
@@ -303,7 +305,7 @@ class TappedPolicy:
     def _glimpse(self, observations: Observation, state: State, episode_start: Array | None) -> Glimpse:
         call = Call(self._normalised(observations), state, episode_start)
         heard = self._attached().hear(lambda: self.network.run(call))
-        return Glimpse(copy.copy(observations), _rows(heard.features), heard.result[1])
+        return Glimpse(copy.copy(observations), self.network.rows(heard.features), heard.result[1])
 
     def _seen(self, observation: Observation | None, state: State, episode_start: Array | None) -> Tensor:
         """Features of observations ``(n, d)``."""
@@ -317,7 +319,3 @@ class TappedPolicy:
                 "state (and episode_start=True at the start of an episode)"
             )
         return self._glimpse(observation, state, episode_start).features
-
-
-def _rows(features: Tensor) -> Tensor:
-    return features if features.ndim == 2 else features.reshape(-1, features.shape[-1])

@@ -45,6 +45,7 @@ class Network(ABC):
         recurrent: Whether it has a state from step to step.
         takes_masks: Whether it is told which actions are possible.
         pooled: Outputs of the layer of which the mean is one output of the head.
+        chunk: Rows of the layer for one observation, which are one action together.
     """
 
     observation_space: spaces.Space[Any]
@@ -57,10 +58,19 @@ class Network(ABC):
     recurrent: bool = False
     takes_masks: bool = False
     pooled: int = 1
+    chunk: int = 1
 
     @abstractmethod
     def run(self, call: Call) -> tuple[Array, State]:
         """The network's own actions and its next state; ``layer`` runs once."""
+
+    def rows(self, features: Tensor) -> Tensor:
+        """Of what the layer sees in a run ``(..., d)``, the rows that actions come from, ``(n * chunk, d)``."""
+        return features.reshape(-1, features.shape[-1])
+
+    def with_action(self, state: State, actions: Array) -> State:
+        """The next state of a network that remembers actions, with those that were taken ``(n, ...)``."""
+        return state
 
     def is_single(self, observation: Any) -> bool:
         """Whether it is one observation, without an axis for rows."""

@@ -72,8 +72,11 @@ class ActionLink(ABC):
             raise ValueError(f"the label holds {values.dtype}; expected real numbers")
         if np.isinf(values).any():
             raise ValueError("the label is infinite; use NaN where there is no label")
+        whole = self._action_shape(len(outputs))
+        if kind == "output" and np.prod(whole) == outputs.size and values.shape in (whole, whole[int(whole[0] == 1) :]):
+            values = values.reshape(outputs.shape)  # in the shape of actions that have several axes
         if kind == "action":
-            found = self.targets(self._shaped(values, self._action_shape(len(outputs)), kind), outputs, units)
+            found = self.targets(self._shaped(values, whole, kind), outputs, units)
         else:
             rows = self._shaped(values, (len(outputs), self.outputs), kind).astype(np.float64)
             found = self.from_outputs(self._from_probabilities(rows) if kind == "probabilities" else rows, outputs)

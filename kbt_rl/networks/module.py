@@ -11,11 +11,15 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from kbt_rl.networks.base import Array, Call, Network, State, linears
+from kbt_rl.networks.chunks import Chunked, action_shape
 from kbt_rl.networks.links import ActionLink, LinkName, Scores, link_for
 
 
 class ModuleNetwork(Network):
     """A module whose outputs are actions, or whose last layer's outputs make an action by a link.
+
+    The last layer may run on several rows of features for an observation, ``(n, chunk, d)``: each is a row to learn
+    from, and an action has the shape ``(chunk, a)``.
 
     Args:
         module: In evaluation mode from now on.
@@ -26,7 +30,7 @@ class ModuleNetwork(Network):
             or ``squashed`` by a tanh into [-1, 1], or the largest of the ``scores``.
 
     Raises:
-        ValueError: There is no linear layer, or several could be the last.
+        ValueError: There is no linear layer, or several could be the last, or it runs on rows that are no actions.
     """
 
     def __init__(
@@ -58,7 +62,9 @@ class ModuleNetwork(Network):
         inputs = (self.before[0] if self.before else chosen).in_features
         shape = (inputs,) if states is None else states.shape[1:]
         self.observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
-        self.link_name, self.link = link, _link(link, chosen.out_features)
+        self.link_name, self.link = link, _link(link, (chosen.out_features,))
+        if states is not None:
+            self._find_chunk(states[:1])
         self.action_space = self.link.space
 
     def run(self, call: Call) -> tuple[Array, State]:
@@ -72,18 +78,40 @@ class ModuleNetwork(Network):
                 f"the observation has shape {np.shape(call.observation)}; expected {shape} or (n, *{shape})"
             )
         with torch.no_grad():
-            outputs = self.module(self._tensor(rows)).cpu().numpy() if self.link_name == "auto" else self._decided(rows)
+            if self.link_name == "auto":
+                outputs = self.module(self._tensor(rows)).cpu().numpy()
+            else:
+                outputs = self.link.decide(self._rows_of(self._said(rows)[0]))
         return (outputs[0] if single else outputs), call.state
 
-    def _decided(self, rows: Array) -> Array:
-        """Actions by the link, of what the last layer says."""
+    def _said(self, rows: Array) -> tuple[Tensor, Any]:
+        """What the last layer says, and what the module makes of it."""
         said: list[Tensor] = []
         handle = self.layer.register_forward_hook(lambda layer, given, output: said.append(output))
         try:
-            self.module(self._tensor(rows))
+            made = self.module(self._tensor(rows))
         finally:
             handle.remove()
-        return self.link.decide(said[0].reshape(len(rows), -1).double().cpu().numpy())
+        return said[0], made
+
+    def _rows_of(self, said: Tensor) -> Array:
+        """Outputs of the layer ``(..., o)`` as rows ``(n * chunk, o)``."""
+        outputs: Array = said.reshape(-1, self.layer.out_features).double().cpu().numpy()
+        return outputs
+
+    def _find_chunk(self, observation: Array) -> None:
+        """See by one observation ``(1, ...)`` on how many rows the layer runs, and what shape an action has."""
+        with torch.no_grad():
+            said, made = self._said(observation)
+        self.chunk = said.numel() // self.layer.out_features
+        if self.link_name == "scores":
+            if self.chunk > 1:
+                raise ValueError(f"the last layer makes {tuple(said.shape)} of one observation; one row of scores acts")
+            return
+        outputs = self._rows_of(said)
+        shape = action_shape(said, made, (outputs, self.link.decide(outputs)))
+        whole = _link(self.link_name, shape)
+        self.link = whole if self.chunk == 1 else Chunked(self.link, whole.space)
 
     def copied(self, model: Any) -> tuple[Any, nn.Module]:
         """See ``Network``."""
@@ -95,13 +123,13 @@ class ModuleNetwork(Network):
         return torch.as_tensor(np.asarray(rows)).to(like)
 
 
-def _link(name: LinkName, outputs: int) -> ActionLink:
+def _link(name: LinkName, shape: tuple[int, ...]) -> ActionLink:
     if name == "scores":
-        return Scores(spaces.Discrete(outputs))
+        return Scores(spaces.Discrete(shape[0]))
     if name not in ("auto", "clipped", "squashed"):
         raise ValueError(f"link is {name!r}; choose 'auto', 'clipped', 'squashed' or 'scores'")
     bound = np.inf if name == "auto" else 1.0
-    return link_for(spaces.Box(-bound, bound, (outputs,), np.float32), squashed=name == "squashed")
+    return link_for(spaces.Box(-bound, bound, shape, np.float32), squashed=name == "squashed")
 
 
 def _is_chain(module: nn.Module) -> bool:

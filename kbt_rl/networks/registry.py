@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from kbt_rl.networks.base import Array, Network
+from kbt_rl.networks.hugging_face import FAMILY, HuggingFaceNetwork, HuggingFaceTransformer
 from kbt_rl.networks.links import LinkName
 from kbt_rl.networks.module import ModuleNetwork
 from kbt_rl.networks.sb3 import SB3Network, policy_of
@@ -25,6 +26,15 @@ def network_of(model: Any, layer: str, states: Array | None, link: LinkName) -> 
         if link != "auto":
             raise ValueError(f"link is {link!r}; an SB3 policy knows its own, so leave it at 'auto'")
         return SB3Network(policy)
+    if isinstance(model, HuggingFaceTransformer):
+        if link != "auto":
+            raise ValueError(f"link is {link!r}; a decision transformer knows its own, so leave it at 'auto'")
+        return HuggingFaceNetwork(model)
+    if any(kind.__name__ == FAMILY for kind in type(model).__mro__):
+        raise TypeError(
+            f"a {FAMILY} acts for a return that somebody asks for: pass HuggingFaceTransformer(model, "
+            "target_return=...) to adapt()"
+        )
     if isinstance(model, nn.Module):
         return ModuleNetwork(model, layer, states, link)
     raise TypeError(

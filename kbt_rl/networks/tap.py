@@ -50,6 +50,8 @@ class _Call:
             raise ValueError("the network ran without its tapped layer; tap the layer that its actions come from")
         parts = [last]
         for other in skipped:
+            if other is not None and other.ndim == 2 < last.ndim and len(other) == len(last):  # of a chunk
+                other = other.reshape(len(last), *[1] * (last.ndim - 2), -1).expand(*last.shape[:-1], -1)
             if other is None or other.shape[:-1] != last.shape[:-1]:
                 raise ValueError("a tapped layer did not run, or with other rows than the last one; use skip='none'")
             parts.append(other)
