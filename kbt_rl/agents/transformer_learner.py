@@ -230,6 +230,7 @@ class TransformerLearner(OnlineAlgorithm):
             self.policy.set_training_mode(False)
             self.pretrain_info = info
             self.strategy_state.clear()
+            self.adapter_state.clear()
             self._forget_samples()
 
     def _forget_samples(self) -> None:
