@@ -37,13 +37,35 @@ def symmetric_box(bounds: tuple[float, ...]) -> spaces.Box:
 
 
 def check_action(action: npt.ArrayLike, shape: tuple[int, ...]) -> FloatArray:
-    """Return ``action`` clipped to [-1, 1] as float64, or raise ValueError if it is not finite or not of ``shape``."""
-    values = np.asarray(action, dtype=np.float64)
+    """Return ``action`` clipped to [-1, 1] as float64.
+
+    Raises:
+        TypeError: It holds no real numbers, or masked ones.
+        ValueError: It is not finite or not of ``shape``.
+    """
+    values = real_array("the action", action)
     if values.shape != shape:
         raise ValueError(f"the action must have shape {shape}, got {values.shape}")
     if not np.all(np.isfinite(values)):
         raise ValueError(f"the action must be finite, got {action!r}")
     return np.clip(values, -1.0, 1.0)
+
+
+def real_array(name: str, values: npt.ArrayLike) -> FloatArray:
+    """Values as float64.
+
+    Raises:
+        TypeError: They are not real numbers, or some are masked.
+        ValueError: Their rows differ in length.
+    """
+    try:
+        array = np.asanyarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array: {error}") from error
+    if isinstance(array, np.ma.MaskedArray) or array.dtype.kind not in "fiub":
+        kind = "a masked array" if isinstance(array, np.ma.MaskedArray) else array.dtype
+        raise TypeError(f"{name} is {kind}; expected an array of real numbers")
+    return np.asarray(array, dtype=np.float64)
 
 
 def check_start(options: dict[str, Any] | None, shape: tuple[int, ...]) -> FloatArray | None:
@@ -119,6 +141,8 @@ class InvertedPendulumEnv(gym.Env[npt.NDArray[Any], npt.NDArray[Any]]):
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / DT)}  # noqa: RUF012
     label_space: ClassVar[spaces.Box] = symmetric_box(LABEL_BOX)
+    #: Tells it from other environments, through wrappers and workers too, whose ``params`` are something else.
+    is_inverted_pendulum: ClassVar[bool] = True
 
     def __init__(
         self,

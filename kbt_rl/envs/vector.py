@@ -14,7 +14,14 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from kbt_rl.envs.inverted_pendulum import check_action, check_render_mode, check_start, sample_start, symmetric_box
+from kbt_rl.envs.inverted_pendulum import (
+    check_action,
+    check_render_mode,
+    check_start,
+    real_array,
+    sample_start,
+    symmetric_box,
+)
 from kbt_rl.envs.plant import (
     DT,
     LABEL_BOX,
@@ -45,9 +52,9 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         num_envs: Number of sub-environments, n.
         max_episode_steps: Steps after which an episode is truncated; -1 or None for no limit.
         render_mode: None or ``"rgb_array"``.
-        autoreset_mode: ``NEXT_STEP``: the step after the end of an episode ignores its action and returns the start of
-            the next one. ``SAME_STEP``: the ending step does, with the last observation in ``info["final_obs"]`` and
-            the last info in ``info["final_info"]``.
+        autoreset_mode: ``NEXT_STEP``: the step after the end of an episode ignores its action, whatever it is, and
+            returns the start of the next one. ``SAME_STEP``: the ending step does, with the last observation in
+            ``info["final_obs"]`` and the last info in ``info["final_info"]``.
         cart_mass: kg, one value for all or ``(n,)``.
         pole_mass: kg, one value for all or ``(n,)``.
         pole_half_length: m, one value for all or ``(n,)``.
@@ -60,6 +67,8 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
     label_space: ClassVar[spaces.Box] = symmetric_box(LABEL_BOX)
+    #: Tells it from other environments, through wrappers and workers too, whose ``params`` are something else.
+    is_inverted_pendulum: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -167,13 +176,13 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         """Hold one force per sub-environment for 0.02 s.
 
         Args:
-            actions: ``(n, 1)``, clipped to [-1, 1].
+            actions: ``(n, 1)``, clipped to [-1, 1]; NaN or anything else of this shape where an episode only starts.
 
         Returns:
             Observations ``(n, 4)``, rewards, terminations, truncations, each ``(n,)``, and infos.
         """
         state = self._current_state()
-        self._force = self._forces_of(actions)
+        self._force = self._forces_of(actions, self._done)
         cost = stage_cost(state, self._force)
         reward = 1.0 / (1.0 + cost)
         self._state = rk4_step(state, self._force, self._plant)
@@ -212,9 +221,12 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
             raise gym.error.ResetNeeded("call reset() before step(), render() or reading the state")
         return self._state
 
-    def _forces_of(self, actions: npt.ArrayLike) -> FloatArray:
-        """The forces in newtons, ``(n,)``, that actions stand for."""
-        return self._params[0].max_force * check_action(actions, (self.num_envs, 1))[:, 0]
+    def _forces_of(self, actions: npt.ArrayLike, ignored: BoolArray) -> FloatArray:
+        """The forces in newtons, ``(n,)``, that actions stand for; 0 in the rows ``ignored``."""
+        values = real_array("the action", actions)
+        if values.shape == (self.num_envs, 1):
+            values = np.where(ignored[:, np.newaxis], 0.0, values)
+        return self._params[0].max_force * check_action(values, (self.num_envs, 1))[:, 0]
 
     def _generator(self, index: int) -> np.random.Generator:
         generator = self._generators[index]
