@@ -21,12 +21,13 @@ from torch import Tensor
 
 from kbt_rl.agents import behaviour_cloning as cloning
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
-from kbt_rl.agents.experts import Expert, as_labeller, force_levels, label_space, max_force
+from kbt_rl.agents.experts import Expert, as_labeller, force_levels, label_space, max_force, plants
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.online_policy import Labeller
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled
 from kbt_rl.agents.transformer_policy import TransformerPolicy
+from kbt_rl.envs.plant import InvertedPendulumParams
 from kbt_rl.inference.transactions import signals_deferred
 from kbt_rl.models.context import ContextWindow
 from kbt_rl.models.decision_transformer import DecisionTransformer
@@ -103,7 +104,8 @@ class TransformerLearner(OnlineAlgorithm):
         self.set_random_seed(self.seed)
         arguments = self._policy_arguments()
         if "observation_scale" not in arguments and self.label_space is not None:
-            arguments["observation_scale"] = np.maximum(np.abs(self.label_space.low), np.abs(self.label_space.high))
+            largest = np.maximum(np.abs(self.label_space.low), np.abs(self.label_space.high))
+            arguments["observation_scale"] = np.where(largest > 0.0, largest, 1.0)  # an entry may always be 0
         policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **arguments)
         assert isinstance(policy, TransformerPolicy)
         self.policy = policy.to(self.device)
@@ -135,13 +137,16 @@ class TransformerLearner(OnlineAlgorithm):
     def check_expert(self, expert: Expert) -> None:
         """See ``OnlineAlgorithm``; of another plant, or of another force limit, is almost always a mistake."""
         assert self.env is not None
-        limit = max_force(self.env)
-        found = [("max_force", None if np.isnan(limit) else limit)]
-        if not getattr(expert, "tracking", False) and self.env.has_attr("params"):
-            found += [("params", params) for params in self.env.get_attr("params")]
-        for name, plant in found:
-            own = getattr(expert, name, None)
-            if own is not None and plant is not None and own != plant:
+        here = plants(self.env)
+        limit = getattr(expert, "max_force", None)
+        params = None if getattr(expert, "tracking", False) is True else getattr(expert, "params", None)
+        found: list[tuple[str, Any, Any]] = []
+        if isinstance(limit, float):
+            found += [("max_force", limit, plant.max_force) for plant in here[:1]]
+        if isinstance(params, InvertedPendulumParams):
+            found += [("params", params, plant) for plant in here]
+        for name, own, plant in found:
+            if own != plant:
                 raise ValueError(
                     f"the expert was made for {name}={own} and the training environment has {plant}; use "
                     "for_env(env) of this environment, or pass check_expert=False if you mean it"
@@ -171,7 +176,8 @@ class TransformerLearner(OnlineAlgorithm):
         Args:
             expert: An SB3 policy or algorithm, or a callable from observations ``(n, o)`` to actions ``(n, a)``; with
                 discrete actions to actions ``(n,)`` or to distributions over them.
-            config: Sizes and learning rate.
+            config: Sizes and learning rate. Episodes that do not end cost at most ten times its samples in steps (or
+                10,000 in each environment), and a warning.
             progress_bar: Draw a progress bar; None if the terminal can.
 
         Returns:
@@ -190,10 +196,11 @@ class TransformerLearner(OnlineAlgorithm):
                 if self.env is None:
                     raise ValueError("pre-training with a longer context drives episodes; pass an env or call set_env")
                 task = bar.add_task("expert episodes", total=config.samples)
+                self._last_obs = self._context = None  # the expert moves the environment on
                 data = cloning.rollout_demonstrations(
-                    labeller, self.env, config.samples, length, lambda n: bar.advance(task, n)
-                )
-                self._last_obs = self._context = None  # the expert has moved the environment on
+                    labeller, self.env, config.samples, length, lambda n: bar.advance(task, n),
+                    self.policy.transformer_config.target_return is not None,
+                )  # fmt: skip
             steps = bar.add_task("behaviour cloning", total=config.steps)
             trained = copy.deepcopy(
                 self.policy.transformer
