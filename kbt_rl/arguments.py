@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 _LONGEST = 120
+MOST = 2**53  # what a float still counts one by one
+_LARGEST_SEED = 2**32 - 1  # of NumPy's old generator, which SB3 seeds
 
 
 def shown(value: object) -> str:
     """A value for a message, cut where it is long."""
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({type(value).__name__})"
 
 
-def whole(name: str, value: Any, least: int = 0, expected: str = "") -> int:
+def whole(name: str, value: Any, least: int = 0, expected: str = "", most: int = MOST) -> int:
     """A whole number, also where it came as a float or from NumPy.
 
     Args:
@@ -24,10 +27,11 @@ def whole(name: str, value: Any, least: int = 0, expected: str = "") -> int:
         value: What came.
         least: The smallest that makes sense.
         expected: What a number means here; for the message.
+        most: The largest that makes sense.
 
     Raises:
         TypeError: It is no number.
-        ValueError: It is not whole, or too small.
+        ValueError: It is not whole, too small or too large.
     """
     number = _real(name, value, expected or "expected a whole number")
     try:
@@ -38,6 +42,8 @@ def whole(name: str, value: Any, least: int = 0, expected: str = "") -> int:
         index = int(number)
     if index < least:
         raise ValueError(f"{name} is {value}; {expected or f'it must be at least {least}'}")
+    if index > most:
+        raise ValueError(f"{name} is {shown(value)}; it must be at most {most}")
     return index
 
 
@@ -67,6 +73,17 @@ def between(
     if not (inside and math.isfinite(found)):
         raise ValueError(f"{name} is {value}; {expected}")
     return found
+
+
+def seed(name: str, value: Any) -> int | None:
+    """A seed, or None for an arbitrary one.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not whole, negative or too large.
+    """
+    expected = "a whole number, not negative, or None"
+    return None if value is None else whole(name, value, 0, expected, _LARGEST_SEED)
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -102,6 +119,12 @@ def instance(name: str, value: Any, kind: type[Any], how: str = "") -> None:
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} is {shown(value)}; expected a {kind.__name__}{f': {how}' if how else ''}")
+
+
+def is_flat(values: Any) -> bool:
+    """Whether these are several values in a row: a list, a tuple or an array with one axis."""
+    several = isinstance(values, Sequence) or hasattr(values, "__array__")
+    return several and not isinstance(values, (str, bytes)) and getattr(values, "ndim", 1) == 1
 
 
 def _real(name: str, value: Any, expected: str) -> Any:

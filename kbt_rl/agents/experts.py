@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.actions import action_format
 from kbt_rl.envs.plant import InvertedPendulumParams
+from kbt_rl.inference.checks import as_array
 from kbt_rl.networks.normaliser import Normaliser
 
 # A bound that stands for none, as the largest float does.
@@ -49,14 +50,13 @@ def as_labeller(
             seen = observations if normaliser is None else normaliser(observations)
             return policy.predict(seen, deterministic=True)[0]
 
-    elif callable(expert):
-        ask = expert
     else:
-        raise TypeError(f"an expert is an SB3 policy or a function of observations; got {type(expert).__name__}")
+        check_kind(expert)
+        ask = expert
     form = action_format(action_space)
 
     def labeller(observations: Array) -> Array:
-        answer = np.asarray(ask(observations))
+        answer = as_array(ask(observations), "the expert's labels")
         if isinstance(action_space, spaces.Box) and answer.shape != (len(observations), form.size):
             raise ValueError(
                 f"the expert answered {len(observations)} observations with shape {answer.shape}; expected "
@@ -71,6 +71,13 @@ def as_labeller(
         return labels
 
     return labeller
+
+
+def check_kind(expert: object) -> None:
+    """Raise TypeError unless somebody can be asked for labels."""
+    asked = callable(expert) or callable(getattr(expert, "label", None))
+    if not (asked or isinstance(expert, (BasePolicy, BaseAlgorithm))):
+        raise TypeError(f"an expert is an SB3 policy or a function of observations; got {type(expert).__name__}")
 
 
 def check_spaces(expert: object, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:

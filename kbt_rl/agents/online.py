@@ -22,9 +22,11 @@ from torch import Tensor
 
 from kbt_rl.agents.checkpoints import CheckpointedAlgorithm
 from kbt_rl.agents.experts import Expert, label_space
+from kbt_rl.agents.learner_arguments import check_callback, check_env, checked_settings
 from kbt_rl.agents.online_policy import Context, Labeller, OnlinePolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample
-from kbt_rl.arguments import whole
+from kbt_rl.arguments import flag, shown, whole
+from kbt_rl.arguments import seed as checked_seed
 
 Self = TypeVar("Self", bound="OnlineAlgorithm")
 
@@ -63,6 +65,9 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
     def __init__(
         self, policy: str | type[BasePolicy], env: GymEnv | str | None, n_steps: int, seed: int | None, **settings: Any
     ) -> None:
+        if env is not None:
+            check_env(env)
+        seed, settings = checked_seed("seed", seed), checked_settings(settings)
         super().__init__(
             policy, env, learning_rate=0.0, support_multi_env=True, monitor_wrapper=True, seed=seed, **settings
         )
@@ -139,6 +144,11 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
         total_timesteps = whole("total_timesteps", total_timesteps, 0, "a whole number of steps, not negative")
         if log_interval is not None:
             log_interval = whole("log_interval", log_interval, 0, "rollouts between two writes, 0 for no log")
+        if tb_log_name is not None and not isinstance(tb_log_name, str):
+            raise TypeError(f"tb_log_name is {shown(tb_log_name)}; expected the name of a run, or None")
+        reset_num_timesteps = flag("reset_num_timesteps", reset_num_timesteps)
+        progress_bar = flag("progress_bar", progress_bar)
+        check_callback(callback)
         name = type(self).__name__ if tb_log_name is None else tb_log_name
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, name, progress_bar

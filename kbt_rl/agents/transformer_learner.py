@@ -22,11 +22,13 @@ from torch import Tensor
 from kbt_rl.agents import behaviour_cloning as cloning
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
 from kbt_rl.agents.experts import Expert, as_labeller, force_levels, label_space, max_force, plants
+from kbt_rl.agents.learner_arguments import check_env
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.online_policy import Labeller
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled
 from kbt_rl.agents.transformer_policy import TransformerPolicy
+from kbt_rl.arguments import flag, instance, shown
 from kbt_rl.envs.plant import InvertedPendulumParams
 from kbt_rl.inference.transactions import signals_deferred
 from kbt_rl.models.context import ContextWindow
@@ -90,6 +92,8 @@ class TransformerLearner(OnlineAlgorithm):
 
     @classmethod
     def _check_policy(cls, policy: str | type[BasePolicy]) -> None:
+        if not isinstance(policy, (str, type)):
+            raise TypeError(f"policy is {shown(policy)}; expected the name of a policy or its class")
         if isinstance(policy, str) and policy not in cls.policy_aliases:
             raise ValueError(f"{cls.__name__} has no policy {policy!r}; choose one of {', '.join(cls.policy_aliases)}")
         if isinstance(policy, type) and not issubclass(policy, TransformerPolicy):
@@ -183,7 +187,10 @@ class TransformerLearner(OnlineAlgorithm):
         Returns:
             Error on held-out contexts, in action units and in newtons.
         """
+        if config is not None:
+            instance("config", config, PretrainConfig)
         config = PretrainConfig() if config is None else config
+        progress_bar = None if progress_bar is None else flag("progress_bar", progress_bar)
         labeller = as_labeller(expert, self.observation_space, self.action_space)
         rng = np.random.default_rng(self.seed)
         length, form = self.policy.transformer_config.context_length, self.policy.actions
@@ -217,6 +224,7 @@ class TransformerLearner(OnlineAlgorithm):
         Raises:
             ValueError: The transformers differ in size or context, or the learners in spaces or action scale.
         """
+        instance("other", other, TransformerLearner)
         mine, theirs = self.policy.transformer_config, other.policy.transformer_config
         if mine != theirs:
             raise ValueError(f"the transformers differ: this learner has {mine}, the other {theirs}")
@@ -258,6 +266,7 @@ class TransformerLearner(OnlineAlgorithm):
         Raises:
             ValueError: Other spaces, or an action stands for another force than the policy was trained with.
         """
+        check_env(env)
         wrapped = self._wrap_env(env, self.verbose)
         check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
         self._check_env(wrapped)

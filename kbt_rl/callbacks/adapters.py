@@ -16,7 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from kbt_rl.agents import posteriors as several
 from kbt_rl.agents.bayesian import BayesianLearner, KBTInfo
-from kbt_rl.agents.experts import Expert
+from kbt_rl.agents.experts import Expert, check_kind
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.online_policy import Labeller
 from kbt_rl.agents.sample import LearnerInfo, Sample
@@ -73,7 +73,7 @@ class OnlineAdapter(BaseCallback):
         check_expert: bool = True,
         verbose: int = 0,
     ) -> None:
-        super().__init__(verbose)
+        super().__init__(whole("verbose", verbose))
         self._given = None if stream is None else as_stream(stream)
         self.query = Always() if query is None else query
         instance("query", self.query, QueryRule, "a rule such as VarianceGate()")
@@ -84,6 +84,8 @@ class OnlineAdapter(BaseCallback):
         self._progress, self._policy = Progress(), None  # type: tuple[Progress, object]
         if expert is None and not (self._given is not None and self._given.labelled):
             raise ValueError("this stream brings no labels; pass an expert")
+        if expert is not None:
+            check_kind(expert)
         self.expert, self.check_expert = expert, flag("check_expert", check_expert)
         self._labeller: Labeller | None = None
 

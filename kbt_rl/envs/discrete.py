@@ -17,6 +17,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from kbt_rl.arguments import is_flat, shown
 from kbt_rl.envs.inverted_pendulum import InvertedPendulumEnv
 from kbt_rl.envs.plant import NOMINAL, BoolArray, FloatArray
 from kbt_rl.envs.vector import InvertedPendulumVectorEnv, Parameter
@@ -125,6 +126,8 @@ def check_forces(forces: Sequence[float]) -> tuple[float, ...]:
         TypeError: A level is not a real number.
         ValueError: Fewer than two levels, one that is not finite, or levels that do not increase.
     """
+    if not is_flat(forces):
+        raise TypeError(f"forces is {shown(forces)}; expected two levels in newtons or more, increasing")
     levels = tuple(forces)
     for level in levels:
         if not isinstance(level, numbers.Real):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -14,9 +15,11 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from kbt_rl.arguments import is_flat, shown, whole
 from kbt_rl.envs.inverted_pendulum import (
     check_action,
     check_render_mode,
+    check_seed,
     check_start,
     real_array,
     sample_start,
@@ -40,6 +43,8 @@ from kbt_rl.envs.plant import (
 )
 
 Parameter = float | FloatArray | Sequence[float]
+# Their states and infos take some hundred bytes each.
+_MOST_ENVS = 10**8
 
 
 class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], npt.NDArray[Any]]):
@@ -81,8 +86,7 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         pole_half_length: Parameter = NOMINAL.pole_half_length,
         max_force: float = NOMINAL.max_force,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        num_envs = check_count(num_envs)
         check_render_mode(render_mode, self.metadata)
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -139,7 +143,7 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
             pole_mass: kg, one value or ``(k,)``.
             pole_half_length: m, one value or ``(k,)``.
         """
-        chosen = range(self.num_envs) if indices is None else indices
+        chosen = range(self.num_envs) if indices is None else _check_indices(indices, self.num_envs)
         values = {"cart_mass": cart_mass, "pole_mass": pole_mass, "pole_half_length": pole_half_length}
         columns = {name: _per_env(name, value, len(chosen)) for name, value in values.items() if value is not None}
         params = list(self._params)
@@ -238,7 +242,11 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
     def _seed(self, seed: int | Sequence[int | None] | None) -> None:
         if seed is None:
             return
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
+        if isinstance(seed, (list, tuple, np.ndarray)):
+            seeds = [check_seed(value) for value in seed]
+        else:
+            first: Any = check_seed(seed)  # type: ignore[arg-type]
+            seeds = [first + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"one seed per sub-environment is needed: num_envs is {self.num_envs}, got {len(seeds)}")
         for index, value in enumerate(seeds):
@@ -278,24 +286,39 @@ def _with_masks(infos: dict[str, Any], rows: BoolArray) -> dict[str, Any]:
     return {**infos, **{f"_{name}": rows.copy() for name in infos}}
 
 
+def _check_indices(indices: Sequence[int], count: int) -> list[int]:
+    if not is_flat(indices):
+        raise TypeError(f"indices is {shown(indices)}; expected numbers of sub-environments")
+    chosen = [whole("an index", index, -count, most=count - 1) for index in indices]
+    return [index % count for index in chosen]
+
+
 def _per_env(name: str, value: Parameter, count: int) -> list[float]:
-    array = np.asarray(value, dtype=np.float64)
+    array = real_array(name, value)
     if array.shape not in ((), (count,)):
         raise ValueError(f"{name} must be one number or have shape ({count},), got shape {array.shape}")
     column: list[float] = np.broadcast_to(array, (count,)).tolist()
     return column
 
 
+def check_count(num_envs: int) -> int:
+    """A number of sub-environments, or a TypeError or ValueError."""
+    if isinstance(num_envs, numbers.Real) and num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    return whole("num_envs", num_envs, 1, most=_MOST_ENVS)
+
+
 def _check_step_limit(limit: int | None) -> float:
-    if limit is None or limit == -1:
+    if limit is None or (isinstance(limit, numbers.Real) and limit == -1):
         return float("inf")
-    if limit < 1:
+    if isinstance(limit, numbers.Real) and limit < 1:
         raise ValueError(f"max_episode_steps must be positive, or -1 for no limit, got {limit}")
-    return limit
+    return whole("max_episode_steps", limit, 1, "a whole number of steps, -1 or None for no limit")
 
 
 def _check_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    mode = AutoresetMode(mode)
-    if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-        raise ValueError(f"autoreset_mode must be NEXT_STEP or SAME_STEP, got {mode}")
-    return mode
+    known = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
+    found = next((one for one in known if isinstance(mode, (AutoresetMode, str)) and mode in (one, one.value)), None)
+    if found is None:
+        raise ValueError(f"autoreset_mode must be NEXT_STEP or SAME_STEP, got {shown(mode)}")
+    return found
