@@ -83,10 +83,10 @@ SHAPED: dict[str, Callable[[Any], Any]] = {
 #: What Python and the libraries below say, by which nobody finds the argument.
 RAW = re.compile(
     r"not supported between|truth value|only (0-dim|length-1|size-1|integer|one element)|object has no|has no len|"
-    r"must be real number, not|not callable|cannot (convert|cast|be interpreted)|can't convert|"
-    r"could not convert (string|complex)|is not iterable|unsupported operand|unhashable|must be str|float\(\) argument|int\(\) argument|seed must be|"
-    r"inhomogeneous shape after|0-d tensor|unsized|ufunc|not subscriptable|unexpected keyword|expected str, bytes|"
-    r"too many values|not enough values",
+    r"must be real number, not|not callable|cannot (convert|cast|be interpreted)|can't convert|is not iterable|"
+    r"could not convert (string|complex)|unsupported operand|unhashable|must be str|float\(\) argument|"
+    r"int\(\) argument|seed must be|inhomogeneous shape after|0-d tensor|unsized|ufunc|not subscriptable|"
+    r"unexpected keyword|expected str, bytes|too many values|not enough values",
     re.IGNORECASE,
 )
 

@@ -83,7 +83,7 @@ class WarmStart(TransformerLearner):
         _init_setup_model: bool = True,
     ) -> None:
         self.memory, self.epochs = whole("memory", memory, 1), whole("epochs", epochs, 1)
-        expected = "it must be positive and finite"
+        expected = "it must be positive and finite (memory and epochs must be at least 1)"
         self.step_size = between("learning_rate", learning_rate, 0.0, expected=expected, open_low=True)
         self._stored: list[tuple[ContextWindow, Array]] = []
         self._labels_used = 0
