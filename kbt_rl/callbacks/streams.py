@@ -159,11 +159,9 @@ class RecordedStream(SampleStream):
     def __init__(self, observations: Array, targets: Array) -> None:
         self.observations = as_array(observations, "observations")
         self.targets = as_array(targets, "targets")
-        if not (self.observations.ndim and self.targets.ndim and len(self.observations) == len(self.targets)):
-            raise ValueError(
-                f"observations have shape {self.observations.shape} and targets {self.targets.shape}; one of each a "
-                "sample"
-            )
+        counts = [len(array) if array.ndim else 0 for array in (self.observations, self.targets)]
+        if counts[0] != counts[1] or not (self.observations.ndim and self.targets.ndim):
+            raise ValueError(f"{counts[0]} observations and {counts[1]} targets; one of each a sample")
         if not np.isfinite(self.observations).all() or np.isinf(self.targets).any():
             raise ValueError(
                 "the recording holds an observation that is NaN or infinite, or a target that is infinite; leave such "
