@@ -36,7 +36,7 @@ class Pretrain:
     """Clone the nominal plant's LQR expert into a decision transformer and save the model."""
 
     model: Path = Path("pretrained.zip")
-    """File to write."""
+    """File to write: a zip, or with the ending .safetensors the policy alone, in a format that holds no code."""
     seed: int = 1000
     """Seed of the initial weights and the data."""
     steps: int | None = None
@@ -53,14 +53,16 @@ class Pretrain:
 
         from kbt_rl import KBT, LQRExpert
         from kbt_rl.agents.behaviour_cloning import PretrainConfig
+        from kbt_rl.saved import check_output, save_model
 
+        check_output(self.model)
         env = gym.make(f"kbt_rl/{_IDS['nominal']}")
         head = KBT(env=env).policy.head_config
         head = replace(head, structure=self.structure, layers=head.layers if self.layers is None else self.layers)
         model = KBT(env=env, seed=self.seed, policy_kwargs={"head": head})
         config = PretrainConfig() if self.steps is None else PretrainConfig(steps=self.steps)
         info = model.pretrain(LQRExpert.for_env(env), config, progress_bar=True)
-        model.save(self.model)
+        save_model(model, self.model)
         console.print(
             f"held-out error {info.validation_rmse_newton:.3f} N (rms of the labels "
             f"{info.label_rms * model.max_force:.1f} N), saved to {self.model}"
@@ -114,7 +116,7 @@ class Adapt(OnPlant):
     """Model to start from (see `kbt-rl pretrain`): a zip, which is to be trusted since it holds pickles, or a
     safetensors file."""
     out: Path = Path("adapted.zip")
-    """File to write."""
+    """File to write: a zip, or with the ending .safetensors the policy alone, in a format that holds no code."""
     labels: int = 100
     """Labels to learn from, one per environment step."""
     stream: Literal["iid", "visited"] = "iid"
@@ -134,7 +136,10 @@ class Adapt(OnPlant):
         from stable_baselines3.common.callbacks import EvalCallback
 
         from kbt_rl import KalmanAdapter, LQRExpert
+        from kbt_rl.saved import check_output, save_model
 
+        check_output(self.out)
+        check_output(self.tensorboard / "events")
         model = _load_kbt(self.model, console)
         env = self.envs(1, model.policy, model.forces)
         model.set_env(env)
@@ -148,7 +153,7 @@ class Adapt(OnPlant):
         model.learn(self.labels, callback=[adapter, watch], progress_bar=True)
         after = evaluate(model.policy, self.envs(20, model.policy, model.forces), self.seed)
         replaced = " (in place of an older file)" if self.out.exists() else ""
-        model.save(self.out)
+        save_model(model, self.out)
         console.print(
             f"{model.labels_used} labels used; success of 20 episodes {before.success:.2f} before and "
             f"{after.success:.2f} after; saved to {self.out}{replaced}"
@@ -212,8 +217,10 @@ class Render(OnPlant):
         from kbt_rl import LQRExpert
         from kbt_rl.envs import DT
         from kbt_rl.envs.video import check_video, write_video
+        from kbt_rl.saved import check_output
 
         check_video(self.out)
+        check_output(self.out)
         policy, forces = (None, None) if self.model is None else _load_policy(self.model, console)
         name = "expert" if self.model is None else self.model.stem
         acting = LQRExpert.for_env(self.envs(1)) if policy is None else policy

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.files import unsealed
+
+if TYPE_CHECKING:
+    from kbt_rl.agents.transformer_learner import TransformerLearner
 
 # What reading a file that is something else ends in, here and in what SB3 calls.
 _FOREIGN = (
@@ -45,8 +49,33 @@ def existing(path: Path) -> Path:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is in the format that runs no code when it is read."""
-    return path.suffix == ".safetensors"
+    """Whether a file is, by its name, in the format that runs no code when it is read."""
+    return path.suffix.lower() == ".safetensors"
+
+
+def check_output(path: Path) -> None:
+    """Make the folder of a file that is to be written later, and try it: an error comes before the work, not after it.
+
+    Raises:
+        OSError: No file can be written there.
+    """
+    if path.exists() and not path.is_file():
+        raise IsADirectoryError(
+            f"{path} is a folder or a device, and a file is to be written there; choose another name"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def save_model(model: TransformerLearner, path: Path) -> None:
+    """Save a learner as the ending says: its policy alone as safetensors, or all of it as SB3's zip."""
+    if is_safetensors(path):
+        from kbt_rl.agents.export import save_safetensors
+
+        save_safetensors(model, path)
+    else:
+        model.save(path)
 
 
 def load_policy(path: Path) -> SavedPolicy:

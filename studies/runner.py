@@ -34,7 +34,16 @@ def perform(trial: Trial, content: bytes | None) -> list[Row]:
     """
     torch.set_num_threads(1)  # the networks are small, and the trials are as many as the cores
     torch.manual_seed(trial.stream_seed)
-    rows: list[Row] = list(import_module(f"studies.{trial.study}").run(trial, trial.setting(content)))
+    try:
+        setting = trial.setting(content)
+    except Exception as error:  # whatever reading something else ends in
+        if trial.source is None:
+            raise
+        raise ValueError(
+            f"{trial.source.name} in the folder of the models is broken ({type(error).__name__}: {error}); delete it, "
+            "and the same command makes it again"
+        ) from error
+    rows: list[Row] = list(import_module(f"studies.{trial.study}").run(trial, setting))
     return rows
 
 
@@ -62,6 +71,11 @@ class Store:
             probe = folder / ".writable"
             probe.touch()
             probe.unlink()
+        for name in ("results.csv", "tables.md"):  # what the study writes at its end
+            if (out / name).exists() and not (out / name).is_file():
+                raise OSError(
+                    f"{out / name} is no file, so that no results could be written there; choose another --out"
+                )
 
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
         """Those without a result."""
@@ -97,7 +111,7 @@ class Store:
 def _read(path: Path) -> list[Row]:
     try:
         return [as_row(values) for values in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{path} is not the result of a trial ({type(error).__name__}: {error}); delete it, and the same command "
             "runs that trial again"

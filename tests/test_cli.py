@@ -214,6 +214,72 @@ def test_a_pickle_is_announced_and_a_safetensors_file_is_not(
     assert by_zip.splitlines()[-1].partition(" on ")[2] == by_safetensors.splitlines()[-1].partition(" on ")[2]
 
 
+class Payload:
+    """What a pickle from a stranger may do."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return (exec, (f"import pathlib; pathlib.Path({str(self.target)!r}).touch(); print('the payload runs')",))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "render", "adapt"])
+def test_it_is_said_before_a_pickle_is_read_and_a_safe_file_runs_no_code(
+    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    infected = KBT.load(model)
+    infected.tensorboard_log = Payload(tmp_path / "mark")  # type: ignore[assignment]
+    infected.save("infected.zip")
+    arguments = {"adapt": ["--labels", "1"], "evaluate": ["--episodes", "1"], "render": ["--seconds", "0.04"]}[command]
+    main([command, "--model", "infected.zip", *arguments])
+    text = said(capsys)
+    assert text.index("may hold pickles, which can run code") < text.index("the payload runs")
+    (tmp_path / "mark").unlink()
+    content = (tmp_path / "infected.zip").read_bytes()
+    for name in ("renamed.safetensors", "RENAMED.SafeTensors"):
+        (tmp_path / name).write_bytes(content)
+        assert main([command, "--model", name, *arguments]) == 2
+        assert name in said(capsys)
+        assert not (tmp_path / "mark").exists()
+
+
+def test_the_ending_chooses_the_safe_format_for_what_is_written_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", "--model", "a.safetensors", "--steps", "2"]) == 0
+    assert main(["adapt", "--model", "a.safetensors", "--out", "b.safetensors", "--labels", "2"]) == 0
+    assert main(["evaluate", "--model", "b.safetensors", "--episodes", "2"]) == 0
+    assert "pickles" not in said(capsys)
+    assert load_policy(tmp_path / "b.safetensors").policy.head.labels_seen == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("option", ["pretrain --model", "adapt --out", "adapt --tensorboard", "render --out"])
+@pytest.mark.parametrize("place", ["file/a.gif", "folder.gif"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    option: str, place: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import kbt_rl.cli as cli
+
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("folder.gif").mkdir()
+    if option == "adapt --tensorboard":
+        place = "file/a"
+    for work in ("evaluate", "_load_kbt", "_load_policy"):
+        monkeypatch.setattr(cli, work, lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(KBT, "pretrain", lambda *_, **__: pytest.fail("it began"))
+    command, name = option.split()
+    others = {"adapt": ["--model", str(model)], "pretrain": [], "render": ["--model", str(model)]}[command]
+    assert main([command, *others, name, place]) == 2
+    assert "error: " in said(capsys)
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "folder.gif", "runs"}
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kbt_rl.agents.adapted_policy import AdaptedPolicy
 from kbt_rl.agents.tapped_policy import Head, Start
+from kbt_rl.arguments import choice, instance, shown, whole
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.model_average import ModelAverage
@@ -73,8 +74,14 @@ def adapt(
         >>> action, _ = policy.predict(observation, deterministic=True)
         >>> policy.update(observation, correction)
     """
-    if skip not in ("hidden", "observation", "none"):
-        raise ValueError(f"skip is {skip!r}; choose 'hidden', 'observation' or 'none'")
+    choice("skip", skip, ("hidden", "observation", "none"))
+    if not isinstance(layer, str):
+        raise TypeError(f"layer is {shown(layer)}; expected the name of a layer, or 'auto'")
+    if head is not None:
+        instance("head", head, HeadConfig)
+    history = whole("history", history, 0, "a whole number of updates to keep")
+    if not (vec_normalize is None or isinstance(vec_normalize, (VecNormalize, str, Path))):
+        raise TypeError(f"vec_normalize is {shown(vec_normalize)}; expected a VecNormalize, or the file of its save")
     if vec_normalize is None and isinstance(model, BaseAlgorithm):
         vec_normalize = model.get_vec_normalize_env()
     normaliser = None if vec_normalize is None else Normaliser.of(vec_normalize)

@@ -15,10 +15,12 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from kbt_rl.agents import adapted_file
 from kbt_rl.agents.bayesian import BayesianLearner, KBTInfo
 from kbt_rl.agents.experts import Expert, label_space
+from kbt_rl.agents.learner_arguments import check_env
 from kbt_rl.agents.online_policy import Labeller
 from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.tapped_policy import TappedPolicy
 from kbt_rl.agents.teachers import labeller_for
+from kbt_rl.arguments import instance
 
 
 class Adaptation(BayesianLearner):
@@ -49,6 +51,7 @@ class Adaptation(BayesianLearner):
     ) -> None:
         if policy.network.chunk > 1:
             raise ValueError("learn() asks for one action an observation, and this policy says a chunk; call update()")
+        check_env(env)
         settings = {"stats_window_size": stats_window_size, "tensorboard_log": tensorboard_log, "verbose": verbose}
         super().__init__(BasePolicy, env, n_steps, seed, device="cpu", **settings)
         self.policy = policy
@@ -61,6 +64,7 @@ class Adaptation(BayesianLearner):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Move to another environment with the same spaces; the number of sub-environments may differ."""
+        check_env(env)
         wrapped = self._wrap_env(env, self.verbose)
         self._take_env(wrapped)
         self.n_envs, self.label_space = wrapped.num_envs, label_space(wrapped)
@@ -83,6 +87,7 @@ class Adaptation(BayesianLearner):
     def update(self, sample: Sample) -> KBTInfo:
         """See ``OnlineAlgorithm``."""
         self.taught = True
+        instance("sample", sample, Sample, "Sample(context, target)")
         features = self.policy.encode(sample.context) if sample.features is None else sample.features
         rows = np.arange(len(features)) if sample.mask is None else np.flatnonzero(sample.mask)
         target = self.policy.targets(features[rows], np.asarray(sample.target)[rows], sample.kind)

@@ -12,6 +12,7 @@ from kbt_rl.agents.fallback import Fallback
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.online_policy import Array
 from kbt_rl.agents.sample import LearnerInfo
+from kbt_rl.arguments import MOST, whole
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class BayesianLearner(OnlineAlgorithm):
             UpdateError: What is left would not be a proper posterior; nothing has changed.
         """
         heads = self.policy.heads
+        env = None if env is None else whole("env", env, -MOST, "the number of a posterior, from 0")
         if env is not None and not 0 <= env < len(heads):
             raise IndexError(f"posterior {env} was to forget; there are {len(heads)}, from 0")
         return several.rollback(heads, n, env)

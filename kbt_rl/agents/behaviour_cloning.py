@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from rich.progress import Progress
 from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.actions import ActionFormat, ContinuousActions, action_format
+from kbt_rl.arguments import between, whole
 from kbt_rl.models.context import ContextWindow, advance_window, start_window, with_action
 from kbt_rl.models.decision_transformer import DecisionTransformer
 
@@ -22,6 +24,13 @@ Labeller = Callable[[Array], Array]
 
 # Contexts that the mean of the features is taken over.
 _CENTRING_SAMPLES = 4_096
+# Half a range from which on an action counts as unbounded, and labels of so small a share of it as rounding.
+_ENDLESS, _UNUSED = 1e9, 1e-7
+# What float32 holds, with room for products.
+_SMALLEST, _LARGEST = 1e-30, 1e30
+# Steps that the expert drives before an environment counts as one whose episodes do not end: times the samples, and
+# more.
+_PATIENCE, _PATIENCE_AT_LEAST = 10, 10_000
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        rates = (("learning_rate", "a finite number above 0", True), ("weight_decay", "finite and not negative", False))
+        for name, expected, open_low in rates:
+            value = between(name, getattr(self, name), 0.0, expected=expected, open_low=open_low)
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -91,9 +103,22 @@ def box_demonstrations(
 
 
 def rollout_demonstrations(
-    expert: Labeller, env: VecEnv, samples: int, context_length: int, progress: Callable[[int], None]
+    expert: Labeller,
+    env: VecEnv,
+    samples: int,
+    context_length: int,
+    progress: Callable[[int], None],
+    needs_returns: bool = True,
 ) -> Demonstrations:
-    """Windows of episodes that the expert drives; for policies whose context is longer than one step."""
+    """Windows of episodes that the expert drives; for policies whose context is longer than one step.
+
+    They are of episodes that have ended. Where too few do within ten times the samples, those of episodes that have
+    not are used as well, with a warning, unless their returns are needed.
+
+    Raises:
+        ValueError: Too few episodes have ended for the returns that are needed.
+    """
+    longest = max(_PATIENCE * samples, _PATIENCE_AT_LEAST * env.num_envs)
     form = action_format(env.action_space)
     windows: list[ContextWindow] = []
     targets: list[Array] = []
@@ -101,7 +126,7 @@ def rollout_demonstrations(
     observations = env.reset()
     assert isinstance(observations, np.ndarray)
     context = start_window(observations, context_length, form.size)
-    while episodes.finished < samples:
+    while episodes.finished < samples and len(windows) * env.num_envs < longest:
         labels = np.asarray(expert(context.newest), dtype=np.float64)
         actions = form.decide(labels)
         context = with_action(context, form.remember(actions))
@@ -114,9 +139,32 @@ def rollout_demonstrations(
         progress(env.num_envs)
     returns = episodes.windows()
     merged = ContextWindow(*(np.concatenate(parts) for parts in zip(*windows, strict=True)))
-    finished = ~np.isnan(returns).any(axis=1)
+    finished: Array = np.isfinite(returns.sum(axis=1))
+    if episodes.finished < samples:
+        _tell_of_endless(episodes.finished, len(finished), samples, needs_returns)
+        finished[:] = True
     picked = np.flatnonzero(finished)[:samples]
-    return Demonstrations(merged.rows(picked), np.concatenate(targets)[picked], returns[picked])
+    return Demonstrations(
+        merged.rows(picked), np.concatenate(targets)[picked], np.where(np.isnan(returns), 0.0, returns)[picked]
+    )
+
+
+def _tell_of_endless(finished: int, steps: int, samples: int, needs_returns: bool) -> None:
+    """Say that episodes do not end, as an error where that cannot be helped."""
+    found = (
+        f"of the {steps} steps that the expert drove, {finished} are of episodes that ended, and {samples} samples "
+        "were asked for"
+    )
+    if needs_returns:
+        raise ValueError(
+            f"{found}; with target_return the policy learns from returns, which an episode has at its end. Give the "
+            "environment a time limit (gymnasium.wrappers.TimeLimit), or ask for fewer samples"
+        )
+    warnings.warn(
+        f"{found}; windows of episodes that did not end are used as well. If the environment should have a time limit, "
+        "wrap it in gymnasium.wrappers.TimeLimit",
+        stacklevel=4,
+    )
 
 
 class _ReturnsToGo:
@@ -180,9 +228,7 @@ def clone_behaviour(
     label_rms = np.ones(form.size)
     if isinstance(form, ContinuousActions):
         label_rms = np.sqrt(np.mean(np.square(demonstrations.target[training]), axis=0))
-    if not (np.isfinite(label_rms) & (label_rms > 0)).all():
-        raise ValueError(f"the expert's actions have the rms {label_rms}; they must be finite and not all zero")
-    transformer.action_scale.copy_(torch.from_numpy(label_rms))
+    transformer.action_scale.copy_(torch.from_numpy(action_units(label_rms, form)))
     returns = demonstrations.returns
     if transformer.config.target_return is not None:
         transformer.return_scale.fill_(max(float(np.abs(returns).max()), 1.0))
@@ -218,6 +264,28 @@ def clone_behaviour(
         accuracy = float((guess.argmax(-1) == target[held_out].argmax(-1)).double().mean())
         in_newtons = float("nan")
     return PretrainInfo(rmse, in_newtons, float(np.sqrt(np.mean(label_rms**2))), len(training), accuracy)
+
+
+def action_units(label_rms: Array, form: ActionFormat) -> Array:
+    """The unit of each action, ``(a,)``: the rms of its labels, or half its range where the expert does not use it.
+
+    Where such an action has no bounds either, its unit is that of the actions which are used.
+
+    Raises:
+        ValueError: A label is not finite, or the expert uses no action at all.
+    """
+    used = label_rms > _SMALLEST
+    if not (label_rms < _LARGEST).all() or not used.any():
+        raise ValueError(
+            f"the expert's actions have the rms {label_rms}; they must be finite and not all zero, in float32"
+        )
+    if not isinstance(form, ContinuousActions):
+        return label_rms
+    half = 0.5 * form.space.high.astype(np.float64) - 0.5 * form.space.low.astype(np.float64)
+    bounded = (half > 0.0) & (half < _ENDLESS)
+    used &= ~bounded | (label_rms > _UNUSED * half)
+    usual = np.sqrt(np.mean(np.square(label_rms[used]))) if used.any() else 1.0
+    return np.where(used, label_rms, np.where(bounded, half, usual))
 
 
 def progress_bar(enabled: bool) -> Progress:

@@ -13,6 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 
+from kbt_rl.agents.learner_arguments import is_path
 from kbt_rl.files import sealed, unsealed, write_bytes
 from kbt_rl.inference.loading import check_fits
 from kbt_rl.inference.transactions import with_writers_held
@@ -42,6 +43,7 @@ class CheckpointedAlgorithm(BaseAlgorithm):
         Raises:
             RuntimeError: ``load`` would refuse the file; an old one is still there.
         """
+        is_path(path, "write")
         self._before_saving()
         content = with_writers_held(self.policy, lambda: self._content(exclude, include))
         if not isinstance(path, (str, Path)):
@@ -101,7 +103,8 @@ class CheckpointedAlgorithm(BaseAlgorithm):
 
 def _whole(path: str | Path | io.BufferedIOBase) -> io.BytesIO:
     """The content of a file, if it is what was saved."""
-    content = _existing(path).read_bytes() if isinstance(path, (str, Path)) else path.read()
+    named = is_path(path, "read")
+    content = _existing(path).read_bytes() if named else path.read()  # type: ignore[arg-type, union-attr]
     return unsealed(content, path)
 
 

@@ -13,6 +13,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.actions import action_format
+from kbt_rl.envs.plant import InvertedPendulumParams
+from kbt_rl.inference.checks import as_array
 from kbt_rl.networks.normaliser import Normaliser
 
 # A bound that stands for none, as the largest float does.
@@ -48,14 +50,13 @@ def as_labeller(
             seen = observations if normaliser is None else normaliser(observations)
             return policy.predict(seen, deterministic=True)[0]
 
-    elif callable(expert):
-        ask = expert
     else:
-        raise TypeError(f"an expert is an SB3 policy or a function of observations; got {type(expert).__name__}")
+        check_kind(expert)
+        ask = expert
     form = action_format(action_space)
 
     def labeller(observations: Array) -> Array:
-        answer = np.asarray(ask(observations))
+        answer = as_array(ask(observations), "the expert's labels")
         if isinstance(action_space, spaces.Box) and answer.shape != (len(observations), form.size):
             raise ValueError(
                 f"the expert answered {len(observations)} observations with shape {answer.shape}; expected "
@@ -70,6 +71,13 @@ def as_labeller(
         return labels
 
     return labeller
+
+
+def check_kind(expert: object) -> None:
+    """Raise TypeError unless somebody can be asked for labels."""
+    asked = callable(expert) or callable(getattr(expert, "label", None))
+    if not (asked or isinstance(expert, (BasePolicy, BaseAlgorithm))):
+        raise TypeError(f"an expert is an SB3 policy or a function of observations; got {type(expert).__name__}")
 
 
 def check_spaces(expert: object, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
@@ -100,27 +108,43 @@ def env_attribute(env: VecEnv, name: str, default: Any) -> Any:
     return env.get_attr(name, 0)[0] if env.has_attr(name) else default  # asking in vain kills a SubprocVecEnv's worker
 
 
+def plants(env: VecEnv) -> list[InvertedPendulumParams]:
+    """The plant of each sub-environment of an inverted pendulum of this library; none for any other environment.
+
+    Others have attributes of the same names, which mean something else there, or cannot even be sent by a worker.
+    """
+    if not (env.has_attr("is_inverted_pendulum") and env.has_attr("params")):
+        return []
+    found = env.get_attr("params")
+    return found if all(isinstance(params, InvertedPendulumParams) for params in found) else []
+
+
 def force_levels(env: VecEnv) -> list[float] | None:
-    """Newtons that each discrete action stands for, which the environment may state as ``forces``; None if not."""
+    """Newtons that each discrete action of a pendulum stands for; None for any other environment."""
+    if not isinstance(env.action_space, spaces.Discrete) or not plants(env):
+        return None
     stated = env_attribute(env, "forces", None)
     return None if stated is None else [float(force) for force in stated]
 
 
 def max_force(env: VecEnv) -> float:
-    """Newtons that an action of 1 stands for, which the environment or its ``params`` state; NaN where neither does."""
-    stated = env_attribute(env, "max_force", None)
-    if stated is None:
-        stated = getattr(env_attribute(env, "params", None), "max_force", None)
-    return float("nan") if stated is None else float(stated)
+    """Newtons that an action of 1 stands for in a pendulum; NaN for any other environment."""
+    found = plants(env)
+    return found[0].max_force if found else float("nan")
 
 
 def label_space(env: VecEnv) -> spaces.Box | None:
-    """The box that labels are asked in: the environment's ``label_space``, else a finite observation space."""
-    space = env_attribute(env, "label_space", None)
-    if isinstance(space, spaces.Box):
+    """The box that labels are asked in: the environment's ``label_space``, else a finite observation space.
+
+    A ``label_space`` that is no finite box of observations is something else, and not taken.
+    """
+    space, observation_space = env_attribute(env, "label_space", None), env.observation_space
+    if isinstance(space, spaces.Box) and space.shape == observation_space.shape and _is_finite(space):
         return space
-    observation_space = env.observation_space
-    if isinstance(observation_space, spaces.Box) and observation_space.is_bounded("both"):
-        largest = max(float(np.abs(observation_space.low).max()), float(np.abs(observation_space.high).max()))
-        return observation_space if largest < _ENDLESS else None
+    if isinstance(observation_space, spaces.Box) and _is_finite(observation_space):
+        return observation_space
     return None
+
+
+def _is_finite(box: spaces.Box) -> bool:
+    return box.is_bounded("both") and max(float(np.abs(bound).max()) for bound in (box.low, box.high)) < _ENDLESS

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from kbt_rl.agents.experts import Expert, as_labeller
+from kbt_rl.arguments import number
 
 Array = npt.NDArray[Any]
 
@@ -42,8 +43,9 @@ class Fallback:
     limit: float
 
     def __post_init__(self) -> None:
-        if not self.limit >= 0.0:
-            raise ValueError(f"limit is {self.limit}; a standard deviation is not negative (infinity for no limit)")
+        expected = "a standard deviation is not negative (infinity for no limit)"
+        if not number("limit", self.limit, expected) >= 0.0:
+            raise ValueError(f"limit is {self.limit}; {expected}")
 
     def exceeded(self, deviation: Array) -> npt.NDArray[np.bool_]:
         """Rows in which the controller acts, given the epistemic deviations ``(n,)``; NaN is over any limit."""

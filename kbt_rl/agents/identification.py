@@ -20,6 +20,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.linear_model import LinearModelPosterior, continuous_model, pendulum_prior
 from kbt_rl.agents.lqr import LQRExpert, check_force_cost, check_state_cost, stabilising_gain
+from kbt_rl.arguments import number
+from kbt_rl.envs.inverted_pendulum import real_array
 from kbt_rl.envs.plant import DT, FloatArray
 
 logger = logging.getLogger("kbt_rl")
@@ -85,12 +87,12 @@ class SelfTuningLQR(LQRExpert):
             raise TypeError(f"posterior must be a LinearModelPosterior, got {type(posterior).__name__}")
         if posterior.prior_mean.shape != (4, 5):
             raise ValueError(f"the posterior is over rates of shape {posterior.prior_mean.shape}; expected (4, 5)")
-        if not (np.isfinite(dt) and dt > 0):
+        if not (np.isfinite(number("dt", dt)) and dt > 0):
             raise ValueError(f"dt must be positive and finite, got {dt!r}")
-        if not (np.isfinite(tolerance) and tolerance >= 0):
+        if not (np.isfinite(number("tolerance", tolerance)) and tolerance >= 0):
             raise ValueError(f"tolerance must be finite and not negative, got {tolerance!r}")
         self._state_cost, self._force_cost = check_state_cost(Q), check_force_cost(R)
-        box = np.asarray(region, dtype=np.float64)
+        box = real_array("region", region)
         if box.shape != (4,) or not (box > 0).all():  # NaN fails the comparison too
             raise ValueError(f"region must be four positive numbers, inf for no bound; got {region!r}")
         if solution is None:
@@ -253,7 +255,7 @@ def riccati_gain(rates: FloatArray, dt: float, state_cost: FloatArray, force_cos
 
 
 def _rows(name: str, values: npt.ArrayLike, size: int) -> FloatArray:
-    array = np.asarray(values, dtype=np.float64)
+    array = real_array(name, values)
     if array.ndim not in (1, 2) or array.shape[-1] != size:
         raise ValueError(f"{name} must have shape (n, {size}) or ({size},), got {array.shape}")
     if not np.isfinite(array).all():

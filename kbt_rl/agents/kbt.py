@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from kbt_rl.agents.bayesian import BayesianLearner
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.transformer_learner import TransformerLearner
+from kbt_rl.arguments import flag
 
 
 class KBT(BayesianLearner, TransformerLearner):
@@ -53,7 +54,7 @@ class KBT(BayesianLearner, TransformerLearner):
         per_env: bool = False,
         _init_setup_model: bool = True,
     ) -> None:
-        self.per_env = per_env
+        self.per_env = flag("per_env", per_env)
         super().__init__(
             policy, env, n_steps, policy_kwargs, stats_window_size, tensorboard_log, verbose, seed, device,
             _init_setup_model=False,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kbt_rl.arguments import between
 from kbt_rl.envs.discrete import check_forces, largest
 
 FloatArray = npt.NDArray[np.float64]
@@ -33,8 +34,8 @@ class ForceLevels:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forces", check_forces(self.forces))
-        if not (np.isfinite(self.temperature) and self.temperature >= 0.0):
-            raise ValueError(f"temperature is {self.temperature}; a number of newtons, 0 for the nearest level alone")
+        expected = "a number of newtons, 0 for the nearest level alone"
+        object.__setattr__(self, "temperature", between("temperature", self.temperature, 0.0, expected=expected))
 
     @classmethod
     def soft(cls, forces: Sequence[float]) -> ForceLevels:

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import expm
 
+from kbt_rl.arguments import instance, number
+from kbt_rl.envs.inverted_pendulum import real_array
 from kbt_rl.envs.plant import DT, FloatArray, InvertedPendulumParams, linearize
 
 # Terms of the series of the matrix logarithm: enough for modes of up to 30 per second at 50 Hz.
@@ -99,7 +101,7 @@ class LinearModelPosterior:
             )
         if not (self.noise_variance > 0).all():
             raise ValueError(f"noise_variance must be positive, got {self.noise_variance}")
-        if not 0.0 < forgetting <= 1.0:
+        if not 0.0 < number("forgetting", forgetting) <= 1.0:
             raise ValueError(f"forgetting must be in (0, 1], got {forgetting!r}; 1 forgets nothing")
         smallest = np.linalg.eigvalsh(self.prior_cov)[:, 0]
         if not np.allclose(self.prior_cov, self.prior_cov.transpose(0, 2, 1)) or not (smallest > 0).all():
@@ -177,6 +179,8 @@ def pendulum_prior(
     Raises:
         ValueError: A number out of its range.
     """
+    instance("nominal", nominal, InvertedPendulumParams)
+    spread, model_error, dt = number("spread", spread), number("model_error", model_error), number("dt", dt)
     if not (np.isfinite(spread) and spread > 1.0):
         raise ValueError(f"spread is a factor above 1, got {spread!r}")
     for name, value in (("model_error", model_error), ("dt", dt)):
@@ -208,7 +212,7 @@ def _stacked(rows: FloatArray) -> FloatArray:
 
 
 def _finite(name: str, value: npt.ArrayLike, ndim: int) -> npt.NDArray[Any]:
-    array = np.array(value, dtype=np.float64)
+    array: FloatArray = real_array(name, value).copy()
     if array.ndim != ndim or not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite with {ndim} axes, got shape {array.shape}: {value!r}")
     return array

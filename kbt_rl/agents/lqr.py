@@ -15,6 +15,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.levels import ForceLevels
+from kbt_rl.arguments import flag, instance, number, shown
+from kbt_rl.envs.inverted_pendulum import real_array
 from kbt_rl.envs.plant import FloatArray, InvertedPendulumParams, linearize
 
 AnyEnv = gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
@@ -46,6 +48,7 @@ def lqr_gain(
     Raises:
         ValueError: Q or R is not as described, or no gain stabilises the plant at a finite cost.
     """
+    instance("params", params, InvertedPendulumParams)
     state_cost, force_cost = check_state_cost(Q), check_force_cost(R)
     return stabilising_gain(*linearize(params), state_cost, force_cost, f"{params} with Q={Q!r} and R={R!r}")
 
@@ -101,6 +104,12 @@ class LQRExpert(BasePolicy):
         params: InvertedPendulumParams | None = None,
         levels: ForceLevels | None = None,
     ) -> None:
+        for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+            instance(name, space, spaces.Space)
+        if params is not None:
+            instance("params", params, InvertedPendulumParams)
+        if levels is not None:
+            instance("levels", levels, ForceLevels)
         _check_spaces(observation_space, action_space, levels)
         super().__init__(observation_space, action_space)
         self.levels = levels
@@ -135,6 +144,9 @@ class LQRExpert(BasePolicy):
         Returns:
             The expert. Saving one that tracks saves its current gain.
         """
+        if not isinstance(env, (gym.Env, VectorEnv, VecEnv)):
+            raise TypeError(f"env is {shown(env)}; expected an inverted pendulum of Gymnasium or a VecEnv of them")
+        tracking = flag("tracking", tracking)
         _check_wrappers(env)
         observation_space, action_space = _single_spaces(env)
         levels = _levels(env, action_space, temperature)
@@ -358,7 +370,7 @@ def _common(values: tuple[Any, ...], what: str) -> Any:
 
 def check_state_cost(Q: npt.ArrayLike | None) -> FloatArray:
     """The state cost as a symmetric, positive semidefinite matrix ``(4, 4)``, or a ValueError; None is the identity."""
-    cost = np.eye(4) if Q is None else np.asarray(Q, dtype=np.float64)
+    cost = np.eye(4) if Q is None else real_array("Q", Q)
     if cost.shape != (4, 4) or not np.all(np.isfinite(cost)):
         raise ValueError(f"Q must be a finite matrix of shape (4, 4), got shape {cost.shape}: {Q!r}")
     if not np.allclose(cost, cost.T):
@@ -371,27 +383,28 @@ def check_state_cost(Q: npt.ArrayLike | None) -> FloatArray:
 
 def check_force_cost(R: npt.ArrayLike | None) -> FloatArray:
     """The force cost as a positive matrix ``(1, 1)``, or a ValueError; None is 1."""
-    cost = np.asarray(1.0 if R is None else R, dtype=np.float64)
+    cost = real_array("R", 1.0 if R is None else R)
     if cost.shape not in ((), (1, 1)):
         raise ValueError(f"R must be a number or of shape (1, 1), got shape {cost.shape}")
     return np.array([[_check_positive("R", cost.item())]])
 
 
 def _check_gain(gain: npt.ArrayLike) -> FloatArray:
-    values = np.array(gain, dtype=np.float64)
+    values: FloatArray = real_array("the gain", gain).copy()
     if values.shape != (1, 4) or not np.all(np.isfinite(values)):
         raise ValueError(f"the gain must be finite and of shape (1, 4), got shape {values.shape}: {gain!r}")
     return values
 
 
 def _check_positive(name: str, value: float) -> float:
-    if not (np.isfinite(value) and value > 0):
+    found = number(name, value)
+    if not (np.isfinite(found) and found > 0):
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return float(value)
+    return found
 
 
 def _check_observations(observations: npt.ArrayLike) -> FloatArray:
-    states = np.asarray(observations, dtype=np.float64)
+    states = real_array("observations", observations)
     if states.ndim not in (1, 2) or states.shape[-1] != 4:
         raise ValueError(f"observations must have shape (n, 4) or (4,), got {states.shape}")
     if not np.all(np.isfinite(states)):

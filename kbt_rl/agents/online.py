@@ -22,8 +22,11 @@ from torch import Tensor
 
 from kbt_rl.agents.checkpoints import CheckpointedAlgorithm
 from kbt_rl.agents.experts import Expert, label_space
+from kbt_rl.agents.learner_arguments import check_callback, check_env, checked_settings
 from kbt_rl.agents.online_policy import Context, Labeller, OnlinePolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample
+from kbt_rl.arguments import flag, shown, whole
+from kbt_rl.arguments import seed as checked_seed
 
 Self = TypeVar("Self", bound="OnlineAlgorithm")
 
@@ -56,22 +59,26 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
     # Of the observations that the policy acts on next; None before the first, and after a change of what they are from.
     _context: Context | None = None
     _features: Tensor | None = None
+    # Whether the environment may have moved on from ``_last_obs``: a step was interrupted, or the file is of one.
+    _moved_on: bool = False
 
     def __init__(
         self, policy: str | type[BasePolicy], env: GymEnv | str | None, n_steps: int, seed: int | None, **settings: Any
     ) -> None:
+        if env is not None:
+            check_env(env)
+        seed, settings = checked_seed("seed", seed), checked_settings(settings)
         super().__init__(
             policy, env, learning_rate=0.0, support_multi_env=True, monitor_wrapper=True, seed=seed, **settings
         )
-        if n_steps < 1:
-            raise ValueError(f"n_steps is {n_steps}; the log is written after at least 1 step")
-        self.n_steps = n_steps
+        self.n_steps = whole("n_steps", n_steps, 1, "the log is written after a whole number of steps, at least 1")
         self.label_space = None if self.env is None else label_space(self.env)
         # The state of the label stream lives here rather than in a callback, so that it is saved with the model.
         # A generator of its own: pre-training draws its states from the seed itself.
         self.stream_rng = np.random.default_rng(None if seed is None else [seed, 1])
         self.stream_positions: dict[str, int] = {}
         self.strategy_state: dict[str, Any] = {}  # what a callback's strategy has to remember, saved with the model
+        self.adapter_state: dict[str, Any] = {}  # what adapters have asked for, and the labels on the way to them
 
     @abstractmethod
     def update(self, sample: Sample) -> LearnerInfo:
@@ -123,19 +130,42 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
         The callbacks find in their locals ``context`` and ``features`` of the new observations and the rows
         ``taken_over`` in which a fallback controller acted, beside the names that SB3 provides. With a fallback the
         share of its actions since the last write is logged as ``kalman/fallback_share``.
+
+        Whoever ends the run, a callback, an error or Ctrl-C, the log ends with what was reached. With
+        ``reset_num_timesteps=False`` the next call goes on in the same episode; after a step that was interrupted, in a
+        new one.
+
+        Raises:
+            TypeError: ``total_timesteps`` or ``log_interval`` is no number.
+            ValueError: One of them is not whole or negative, or there is no environment.
         """
         if self.env is None:
             raise ValueError("the model has no environment; call set_env first")
+        total_timesteps = whole("total_timesteps", total_timesteps, 0, "a whole number of steps, not negative")
+        if log_interval is not None:
+            log_interval = whole("log_interval", log_interval, 0, "rollouts between two writes, 0 for no log")
+        if tb_log_name is not None and not isinstance(tb_log_name, str):
+            raise TypeError(f"tb_log_name is {shown(tb_log_name)}; expected the name of a run, or None")
+        reset_num_timesteps = flag("reset_num_timesteps", reset_num_timesteps)
+        progress_bar = flag("progress_bar", progress_bar)
+        check_callback(callback)
         name = type(self).__name__ if tb_log_name is None else tb_log_name
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, name, progress_bar
         )
         self.taught = False
         callback.on_training_start(locals(), globals())
-        rollouts = 0
-        while self.num_timesteps < total_timesteps and self._roll_out(callback, total_timesteps):
-            rollouts += 1
-            if log_interval and rollouts % log_interval == 0:
+        rollouts, written = 0, self.num_timesteps
+        try:
+            going_on = True
+            while going_on and self.num_timesteps < total_timesteps:
+                going_on = self._roll_out(callback, total_timesteps)
+                rollouts += 1
+                if log_interval and rollouts % log_interval == 0:
+                    self.dump_logs()
+                    written = self.num_timesteps
+        finally:
+            if log_interval and self.num_timesteps > written:
                 self.dump_logs()
         callback.on_training_end()
         if not self.taught:
@@ -151,26 +181,40 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
         self._on_rollout_start()
         callback.on_rollout_start()
         assert self._context is not None
+        going_on = True
         for _ in range(self.n_steps):
-            if self.num_timesteps >= total_timesteps:
+            if not going_on or self.num_timesteps >= total_timesteps:
                 break
-            if self._features is None:  # an update has changed the encoder
-                self._features = self.policy.encode(self._context)
-            actions, taken_over = self.policy.choose(self._context, self._features)
-            if self.policy.fallback is not None:
-                self.logger.record_mean("kalman/fallback_share", float(taken_over.mean()))
-            new_obs, rewards, dones, infos = self.env.step(actions)
-            self.num_timesteps += self.env.num_envs
-            context = self.policy.advance(self.policy.with_action(self._context, actions), new_obs, dones)
-            features = self.policy.encode(context)
-            self._context, self._features = context, features
-            callback.update_locals(locals())
-            if not callback.on_step():
-                return False
+            going_on = self._take_step(callback)
+        callback.on_rollout_end()
+        return going_on
+
+    def _take_step(self, callback: BaseCallback) -> bool:
+        """One step of the environment; False if a callback asked to stop.
+
+        Callbacks see ``_last_obs`` as it was before the step, as everywhere in SB3. However they end, it is then the
+        observation that came.
+        """
+        assert self.env is not None
+        assert self._context is not None
+        if self._features is None:  # an update has changed the encoder
+            self._features = self.policy.encode(self._context)
+        actions, taken_over = self.policy.choose(self._context, self._features)
+        if self.policy.fallback is not None:
+            self.logger.record_mean("kalman/fallback_share", float(taken_over.mean()))
+        self._moved_on = True
+        new_obs, rewards, dones, infos = self.env.step(actions)
+        self.num_timesteps += self.env.num_envs
+        context = self.policy.advance(self.policy.with_action(self._context, actions), new_obs, dones)
+        features = self.policy.encode(context)
+        self._context, self._features = context, features
+        callback.update_locals(locals())
+        try:
+            return callback.on_step()
+        finally:
             self._update_info_buffer(infos, dones)
             self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
-        callback.on_rollout_end()
-        return True
+            self._moved_on = False
 
     def _on_rollout_start(self) -> None:
         """Encode the first observation of a run; later ones were encoded when they arrived."""
@@ -180,10 +224,19 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
         if self._features is None:
             self._features = self.policy.encode(self._context)
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if reset_num_timesteps or self._moved_on:
+            self._last_obs = None  # SB3 then resets the environment; also next time, if it is interrupted
         before = self._last_obs
-        out = super()._setup_learn(*args, **kwargs)
-        self._features = None  # the encoder may have changed since
+        out = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._moved_on, self._features = False, None  # the encoder may have changed since
         if self._last_obs is not before:  # the environment was reset
             self._context = None
         return out

@@ -16,7 +16,9 @@ from kbt_rl.agents import posteriors as several
 from kbt_rl.agents.fallback import Choice, Fallback, usable
 from kbt_rl.agents.moments import ActionMoments
 from kbt_rl.agents.transformer_policy import TransformerPolicy, drawn
+from kbt_rl.arguments import MOST, choice, instance, whole
 from kbt_rl.inference.batch import HeadBatch
+from kbt_rl.inference.checks import as_array
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.models.context import ContextWindow
@@ -85,15 +87,15 @@ class DecisionTransformerPolicy(TransformerPolicy):
             observation_scale=observation_scale,
             **unknown,
         )
-        if sampling not in ("epistemic", "predictive"):
-            raise ValueError(f"sampling is {sampling!r}; choose 'epistemic' or 'predictive'")
-        if skip not in ("observation", "none"):
-            raise ValueError(f"skip is {skip!r}; choose 'observation' or 'none'")
+        choice("sampling", sampling, ("epistemic", "predictive"))
+        choice("skip", skip, ("observation", "none"))
+        if head is not None:
+            instance("head", head, HeadConfig)
         self.skip = skip
         default = CONTINUOUS_HEAD if self.actions.link == "identity" else DISCRETE_HEAD
         self.head_config, self.sampling = (default if head is None else head), sampling
         self._check_link(self.head_config)
-        if isinstance(posteriors, bool) or not isinstance(posteriors, int) or posteriors < 1:
+        if isinstance(posteriors, bool) or not isinstance(posteriors, int) or not 1 <= posteriors < 2**31:
             raise ValueError(f"posteriors is {posteriors!r}; a whole number, at least 1")
         sizes = self.feature_size, self.action_size
         if posteriors == 1:
@@ -127,7 +129,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
         Raises:
             IndexError: There is no such posterior.
         """
-        heads = self.heads
+        heads, index = self.heads, whole("index", index, -MOST, "the number of a posterior, from 0")
         if not 0 <= index < len(heads):
             raise IndexError(f"posterior {index} was asked for; there are {len(heads)}, from 0")
         alone = type(self)(**{**self._get_constructor_parameters(), "posteriors": 1}).to(self.device)
@@ -261,7 +263,7 @@ class DecisionTransformerPolicy(TransformerPolicy):
             self.check_context(context)
             self.check_observations(context.newest)
         else:
-            context = self.start(np.atleast_2d(np.asarray(observation)))
+            context = self.start(np.atleast_2d(as_array(observation, "observations")))
         prediction = several.predict(self.heads, self.encode(context))
         return ActionMoments(*(part.cpu().numpy() for part in prediction))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from kbt_rl.agents.kbt import KBT
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import Sample, labelled
+from kbt_rl.arguments import instance, shown
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.evidence import sequential_log_density
@@ -97,9 +98,15 @@ def choose_prior(model: KBT, *streams: Sequence[Sample], candidates: Iterable[He
         ValueError: No labels, no candidates, a candidate whose rule does not fit the actions, a sample of a wrong
             shape, or every candidate failed.
     """
+    instance("model", model, KBT)
+    for name, given in (*((f"stream {i}", stream) for i, stream in enumerate(streams)), ("candidates", candidates)):
+        if isinstance(given, (str, bytes, Tensor, np.ndarray)) or not (given is None or isinstance(given, Iterable)):
+            raise TypeError(f"{name} is {shown(given)}; expected several of them")
     grid = prior_grid(model.policy.head_config) if candidates is None else list(candidates)
     if not grid:
         raise ValueError("there are no candidates to choose a prior from")
+    for config in grid:
+        instance("a candidate", config, HeadConfig)
     encoded = [list(_batches(model, stream)) for stream in streams]
     labels = sum(len(targets) for batches in encoded for _, targets in batches)
     if not labels:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kbt_rl.agents.actions import ActionFormat
+from kbt_rl.arguments import instance, shown
 from kbt_rl.inference.checks import as_array
 from kbt_rl.models.context import ContextWindow
 from kbt_rl.networks.links import LabelKind
@@ -79,6 +80,9 @@ def labelled(policy: TransformerPolicy, sample: Sample) -> Labelled:
     Raises:
         ValueError: Wrong shape, an infinite label, one that is NaN in part, or a labelled state that is no observation.
     """
+    instance("sample", sample, Sample, "Sample(context, target)")
+    if not isinstance(sample.kind, str) or sample.kind != "action":
+        raise ValueError(f"kind is {shown(sample.kind)}; this policy learns from labels of the kind 'action'")
     context, size = sample.context, policy.action_size
     if isinstance(context, ContextWindow):
         policy.check_context(context)
@@ -91,6 +95,8 @@ def labelled(policy: TransformerPolicy, sample: Sample) -> Labelled:
     rows = _labelled_rows(target, count, size)
     features, whole = sample.features, len(rows) == count
     shape = count, policy.feature_size
+    if features is not None:
+        instance("features", features, Tensor, "policy.encode(context)")
     if features is not None and features.shape != shape:
         raise ValueError(f"features have shape {tuple(features.shape)}; expected {shape}, one row a context")
     if not isinstance(context, ContextWindow):
@@ -108,9 +114,12 @@ def _targets(actions: ActionFormat, target: Any, mask: Any, rows: int) -> npt.ND
     """Labels as rows ``(n, action size)``, NaN where the mask leaves a row out."""
     if mask is None:
         return actions.targets(target)
-    if np.shape(mask) != (rows,):
-        raise ValueError(f"mask has shape {np.shape(mask)}; expected {(rows,)}, one entry a context")
-    kept = np.asarray(mask, dtype=bool)
+    kept = as_array(mask, "the entries of mask")
+    if kept.shape != (rows,):
+        raise ValueError(f"mask has shape {kept.shape}; expected {(rows,)}, one entry a context")
+    if not ((kept == 0) | (kept == 1)).all():
+        raise TypeError(f"mask is {shown(mask)}; expected True or False for each row")
+    kept = kept.astype(bool)
     if len(np.shape(target)) == 0 or len(target) != rows:
         return actions.targets(target)
     labels = np.full((rows, actions.size), np.nan)

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback, usable
 from kbt_rl.agents.moments import ActionMoments
+from kbt_rl.arguments import flag, shown
+from kbt_rl.inference.checks import as_array
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.model_average import ModelAverage
 from kbt_rl.inference.types import UpdateInfo
@@ -125,6 +128,7 @@ class TappedPolicy:
         Returns:
             Actions, and the policy's next state.
         """
+        deterministic = flag("deterministic", deterministic)
         call = Call(self._normalised(observation), state, episode_start, deterministic, action_masks)
         heard = self._attached().hear(lambda: self.network.run(call), self._answer)
         features, (actions, next_state) = self.network.rows(heard.features), heard.result
@@ -283,6 +287,10 @@ class TappedPolicy:
         return self.network.replaced(output, self.head.mean_outputs(features))
 
     def _normalised(self, observation: Any) -> Any:
+        if isinstance(observation, dict) != isinstance(self.observation_space, spaces.Dict):
+            raise TypeError(f"the observation is {shown(observation)}; expected one of {self.observation_space}")
+        if not isinstance(observation, dict):
+            as_array(observation, "observation")
         return finite(observation if self.normaliser is None else self.normaliser(observation))
 
     def _deviation(self, features: Tensor) -> Array:

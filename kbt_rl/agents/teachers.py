@@ -66,7 +66,8 @@ def labeller_for(network: Network, expert: Expert) -> Labeller:
         TypeError: The expert is neither a policy nor callable.
         ValueError: It was made for other spaces.
     """
-    teacher: Any = Teacher(expert) if policy_of(expert) is not None else expert
+    answers = callable(getattr(expert, "label", None))  # as an LQRExpert, which is an SB3 policy without a network
+    teacher: Any = expert if answers or policy_of(expert) is None else Teacher(expert)
     check_spaces(teacher, network.observation_space, network.action_space)
     if isinstance(teacher, Teacher) and type(teacher.network.link) is type(network.link):
         return Labeller(teacher.outputs, "output")

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kbt_rl.arguments import shown
+
 
 class Format(NamedTuple):
     """A kind of file.
@@ -91,7 +93,13 @@ def library() -> ModuleType:
 
 
 def with_suffix(path: str | Path) -> Path:
-    """The path of a file that is to be written."""
+    """The path of a file that is to be written.
+
+    Raises:
+        TypeError: It is no path.
+    """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path is {shown(path)}; expected a path")
     return Path(path) if Path(path).suffix else Path(f"{path}.safetensors")
 
 
@@ -101,7 +109,8 @@ def existing(path: str | Path, writer: str) -> Path:
     Raises:
         FileNotFoundError: There is none; the message says that ``writer`` writes one.
     """
-    candidates = dict.fromkeys((Path(path), with_suffix(path)))
+    full = with_suffix(path)
+    candidates = dict.fromkeys((Path(path), full))
     for candidate in candidates:
         if candidate.is_file():
             return candidate

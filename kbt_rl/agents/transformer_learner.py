@@ -21,12 +21,15 @@ from torch import Tensor
 
 from kbt_rl.agents import behaviour_cloning as cloning
 from kbt_rl.agents.behaviour_cloning import PretrainConfig, PretrainInfo
-from kbt_rl.agents.experts import Expert, as_labeller, force_levels, label_space, max_force
+from kbt_rl.agents.experts import Expert, as_labeller, force_levels, label_space, max_force, plants
+from kbt_rl.agents.learner_arguments import check_env
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.online_policy import Labeller
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo, Sample, labelled
 from kbt_rl.agents.transformer_policy import TransformerPolicy
+from kbt_rl.arguments import flag, instance, shown
+from kbt_rl.envs.plant import InvertedPendulumParams
 from kbt_rl.inference.transactions import signals_deferred
 from kbt_rl.models.context import ContextWindow
 from kbt_rl.models.decision_transformer import DecisionTransformer
@@ -89,6 +92,8 @@ class TransformerLearner(OnlineAlgorithm):
 
     @classmethod
     def _check_policy(cls, policy: str | type[BasePolicy]) -> None:
+        if not isinstance(policy, (str, type)):
+            raise TypeError(f"policy is {shown(policy)}; expected the name of a policy or its class")
         if isinstance(policy, str) and policy not in cls.policy_aliases:
             raise ValueError(f"{cls.__name__} has no policy {policy!r}; choose one of {', '.join(cls.policy_aliases)}")
         if isinstance(policy, type) and not issubclass(policy, TransformerPolicy):
@@ -103,7 +108,8 @@ class TransformerLearner(OnlineAlgorithm):
         self.set_random_seed(self.seed)
         arguments = self._policy_arguments()
         if "observation_scale" not in arguments and self.label_space is not None:
-            arguments["observation_scale"] = np.maximum(np.abs(self.label_space.low), np.abs(self.label_space.high))
+            largest = np.maximum(np.abs(self.label_space.low), np.abs(self.label_space.high))
+            arguments["observation_scale"] = np.where(largest > 0.0, largest, 1.0)  # an entry may always be 0
         policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **arguments)
         assert isinstance(policy, TransformerPolicy)
         self.policy = policy.to(self.device)
@@ -135,13 +141,16 @@ class TransformerLearner(OnlineAlgorithm):
     def check_expert(self, expert: Expert) -> None:
         """See ``OnlineAlgorithm``; of another plant, or of another force limit, is almost always a mistake."""
         assert self.env is not None
-        limit = max_force(self.env)
-        found = [("max_force", None if np.isnan(limit) else limit)]
-        if not getattr(expert, "tracking", False) and self.env.has_attr("params"):
-            found += [("params", params) for params in self.env.get_attr("params")]
-        for name, plant in found:
-            own = getattr(expert, name, None)
-            if own is not None and plant is not None and own != plant:
+        here = plants(self.env)
+        limit = getattr(expert, "max_force", None)
+        params = None if getattr(expert, "tracking", False) is True else getattr(expert, "params", None)
+        found: list[tuple[str, Any, Any]] = []
+        if isinstance(limit, float):
+            found += [("max_force", limit, plant.max_force) for plant in here[:1]]
+        if isinstance(params, InvertedPendulumParams):
+            found += [("params", params, plant) for plant in here]
+        for name, own, plant in found:
+            if own != plant:
                 raise ValueError(
                     f"the expert was made for {name}={own} and the training environment has {plant}; use "
                     "for_env(env) of this environment, or pass check_expert=False if you mean it"
@@ -171,13 +180,17 @@ class TransformerLearner(OnlineAlgorithm):
         Args:
             expert: An SB3 policy or algorithm, or a callable from observations ``(n, o)`` to actions ``(n, a)``; with
                 discrete actions to actions ``(n,)`` or to distributions over them.
-            config: Sizes and learning rate.
+            config: Sizes and learning rate. Episodes that do not end cost at most ten times its samples in steps (or
+                10,000 in each environment), and a warning.
             progress_bar: Draw a progress bar; None if the terminal can.
 
         Returns:
             Error on held-out contexts, in action units and in newtons.
         """
+        if config is not None:
+            instance("config", config, PretrainConfig)
         config = PretrainConfig() if config is None else config
+        progress_bar = None if progress_bar is None else flag("progress_bar", progress_bar)
         labeller = as_labeller(expert, self.observation_space, self.action_space)
         rng = np.random.default_rng(self.seed)
         length, form = self.policy.transformer_config.context_length, self.policy.actions
@@ -190,10 +203,11 @@ class TransformerLearner(OnlineAlgorithm):
                 if self.env is None:
                     raise ValueError("pre-training with a longer context drives episodes; pass an env or call set_env")
                 task = bar.add_task("expert episodes", total=config.samples)
+                self._last_obs = self._context = None  # the expert moves the environment on
                 data = cloning.rollout_demonstrations(
-                    labeller, self.env, config.samples, length, lambda n: bar.advance(task, n)
-                )
-                self._last_obs = self._context = None  # the expert has moved the environment on
+                    labeller, self.env, config.samples, length, lambda n: bar.advance(task, n),
+                    self.policy.transformer_config.target_return is not None,
+                )  # fmt: skip
             steps = bar.add_task("behaviour cloning", total=config.steps)
             trained = copy.deepcopy(
                 self.policy.transformer
@@ -210,6 +224,7 @@ class TransformerLearner(OnlineAlgorithm):
         Raises:
             ValueError: The transformers differ in size or context, or the learners in spaces or action scale.
         """
+        instance("other", other, TransformerLearner)
         mine, theirs = self.policy.transformer_config, other.policy.transformer_config
         if mine != theirs:
             raise ValueError(f"the transformers differ: this learner has {mine}, the other {theirs}")
@@ -230,6 +245,7 @@ class TransformerLearner(OnlineAlgorithm):
             self.policy.set_training_mode(False)
             self.pretrain_info = info
             self.strategy_state.clear()
+            self.adapter_state.clear()
             self._forget_samples()
 
     def _forget_samples(self) -> None:
@@ -250,6 +266,7 @@ class TransformerLearner(OnlineAlgorithm):
         Raises:
             ValueError: Other spaces, or an action stands for another force than the policy was trained with.
         """
+        check_env(env)
         wrapped = self._wrap_env(env, self.verbose)
         check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
         self._check_env(wrapped)

@@ -20,7 +20,10 @@ from torch import Tensor
 
 from kbt_rl.agents.actions import action_format
 from kbt_rl.agents.fallback import Choice, Fallback
+from kbt_rl.agents.learner_arguments import is_path
+from kbt_rl.arguments import flag, instance, shown
 from kbt_rl.files import sealed, unsealed, write_bytes
+from kbt_rl.inference.checks import as_array
 from kbt_rl.inference.loading import check_fits, load_whole
 from kbt_rl.inference.transactions import with_writers_held
 from kbt_rl.models.context import ContextWindow, advance_window, start_window
@@ -66,11 +69,15 @@ class TransformerPolicy(BasePolicy):
         super().__init__(observation_space, action_space)
         self.observation_size = observation_space.shape[0]
         self.action_size = self.actions.size
+        if transformer is not None:
+            instance("transformer", transformer, DecisionTransformerConfig)
         self.transformer_config = DecisionTransformerConfig() if transformer is None else transformer
         self.transformer = DecisionTransformer(self.observation_size, self.action_size, self.transformer_config)
-        self._given_scale = None if observation_scale is None else np.asarray(observation_scale, dtype=np.float32)
+        given = None if observation_scale is None else as_array(observation_scale, "the values of observation_scale")
+        self._given_scale = None if given is None else given.astype(np.float32)
         if self._given_scale is not None:
-            if self._given_scale.shape != (self.observation_size,) or not (self._given_scale > 0).all():
+            good = np.isfinite(self._given_scale) & (self._given_scale > 0)
+            if self._given_scale.shape != (self.observation_size,) or not good.all():
                 raise ValueError(
                     f"observation_scale is {self._given_scale}; expected {self.observation_size} positive numbers"
                 )
@@ -157,14 +164,12 @@ class TransformerPolicy(BasePolicy):
         if isinstance(observation, dict):
             raise ValueError("this policy takes flat observations; wrap the environment in FlattenObservation")
         self.set_training_mode(False)
-        array = np.asarray(observation)
+        array = as_array(observation, "observations")
         batched = array[np.newaxis] if array.ndim == 1 else array
-        if state is None:
-            context = self.start(batched)
-        else:
-            starts = np.zeros(len(batched), dtype=bool) if episode_start is None else np.asarray(episode_start, bool)
-            context = self.advance(_as_window(state), batched, np.atleast_1d(starts))
-        actions = self.choose(context, self.encode(context), deterministic).actions
+        self.check_size(batched)
+        begins = flags("episode_start", np.zeros(len(batched), dtype=bool) if episode_start is None else episode_start)
+        context = self.start(batched) if state is None else self.advance(_as_window(state), batched, begins)
+        actions = self.choose(context, self.encode(context), flag("deterministic", deterministic)).actions
         context = self.with_action(context, actions)
         return (actions[0] if array.ndim == 1 else actions), context
 
@@ -180,7 +185,8 @@ class TransformerPolicy(BasePolicy):
         """Observations as ``(n, observation size)`` float32, or an error that says what came."""
         space = self.observation_space
         assert isinstance(space, spaces.Box)
-        array = np.asarray(observations, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what float32 does not hold is refused below
+            array = as_array(observations, "observations").astype(np.float32, copy=False)
         self.check_size(array)
         low, high = space.low.astype(np.float32), space.high.astype(np.float32)  # as the observation is
         inside = (array >= low) & (array <= high) & (np.abs(array) <= LARGEST_OBSERVATION)
@@ -213,11 +219,12 @@ class TransformerPolicy(BasePolicy):
         Raises:
             RuntimeError: ``load`` would refuse the file; an old one is still there.
         """
+        named = is_path(path, "write")
         content = with_writers_held(self, self._content)
-        if isinstance(path, (str, Path)):
-            write_bytes(path, content)
+        if named:
+            write_bytes(path, content)  # type: ignore[arg-type]
         else:
-            path.write(content)
+            path.write(content)  # type: ignore[union-attr]
 
     def _content(self) -> bytes:
         """The file that ``save`` writes."""
@@ -235,7 +242,7 @@ class TransformerPolicy(BasePolicy):
         Raises:
             ValueError: The file is damaged, or was written by another program or an older version.
         """
-        content = Path(path).read_bytes() if isinstance(path, (str, Path)) else path.read()
+        content = Path(path).read_bytes() if is_path(path, "read") else path.read()  # type: ignore[arg-type, union-attr]
         return super().load(unsealed(content, path), device)  # type: ignore[arg-type]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -265,9 +272,25 @@ def drawn(probabilities: Tensor) -> Array:
 
 
 def _as_window(state: tuple[Array, ...]) -> ContextWindow:
-    if len(state) != len(ContextWindow._fields):
-        raise ValueError(f"state has {len(state)} arrays; expected the ContextWindow that predict returned")
+    if not isinstance(state, tuple) or len(state) != len(ContextWindow._fields):
+        found = f"has {len(state)} arrays" if isinstance(state, tuple) else f"is {shown(state)}"
+        raise ValueError(f"state {found}; expected the ContextWindow that predict returned")
+    kinds = [getattr(part, "dtype", np.dtype(object)).kind for part in state]
+    if not all(kind in "fiu" for kind in kinds) or any(isinstance(part, np.ma.MaskedArray) for part in state):
+        raise ValueError(f"state is {shown(state)}; expected the ContextWindow that predict returned")
     return ContextWindow(*state)
+
+
+def flags(name: str, values: Any) -> npt.NDArray[np.bool_]:
+    """One flag a row, ``(n,)``; numbers count where they are 0 or 1.
+
+    Raises:
+        TypeError: They are no flags.
+    """
+    array = np.atleast_1d(as_array(values, f"the flags of {name}"))
+    if not ((array == 0) | (array == 1)).all():
+        raise TypeError(f"{name} is {shown(values)}; expected True or False for each row")
+    return array.astype(bool)
 
 
 def _check_keywords(policy: str, unknown: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from kbt_rl.agents.behaviour_cloning import Array
 from kbt_rl.agents.policies import DecisionTransformerPolicy
 from kbt_rl.agents.sample import LearnerInfo
 from kbt_rl.agents.transformer_learner import TransformerLearner
+from kbt_rl.arguments import between, whole
 from kbt_rl.inference.errors import UpdateError
 from kbt_rl.inference.loading import load_whole
 from kbt_rl.inference.transactions import signals_deferred
@@ -81,11 +82,9 @@ class WarmStart(TransformerLearner):
         device: str = "cpu",
         _init_setup_model: bool = True,
     ) -> None:
-        if memory < 1 or epochs < 1 or not learning_rate > 0:
-            raise ValueError(
-                f"memory {memory} and epochs {epochs} must be at least 1 and the learning rate {learning_rate} positive"
-            )
-        self.memory, self.epochs, self.step_size = memory, epochs, learning_rate
+        self.memory, self.epochs = whole("memory", memory, 1), whole("epochs", epochs, 1)
+        expected = "it must be positive and finite (memory and epochs must be at least 1)"
+        self.step_size = between("learning_rate", learning_rate, 0.0, expected=expected, open_low=True)
         self._stored: list[tuple[ContextWindow, Array]] = []
         self._labels_used = 0
         super().__init__(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from kbt_rl.agents import posteriors as several
 from kbt_rl.agents.bayesian import BayesianLearner, KBTInfo
+from kbt_rl.arguments import between, instance, whole
 from kbt_rl.inference.change_detection import Cusum, Lagged, LogLossCusum, Monitor, NoiseReference
 from kbt_rl.inference.types import NoiseEstimate
 
@@ -51,9 +52,8 @@ class Forgetting(AdaptationStrategy):
     """
 
     def __init__(self, factor: float = 0.98) -> None:
-        if not 0.0 < factor <= 1.0:
-            raise ValueError(f"the forgetting factor is {factor}; it lies in (0, 1], and 1 forgets nothing")
-        self.factor = factor
+        expected = "it lies in (0, 1], and 1 forgets nothing"
+        self.factor = between("the forgetting factor", factor, 0.0, 1.0, expected=expected, open_low=True)
 
     def after_update(self, model: BayesianLearner, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
@@ -69,9 +69,7 @@ class ProcessNoise(AdaptationStrategy):
     """
 
     def __init__(self, scale: float = 1e-3) -> None:
-        if not 0.0 <= scale < float("inf"):
-            raise ValueError(f"the process noise is {scale}; it is finite and not negative")
-        self.scale = scale
+        self.scale = between("the process noise", scale, 0.0, expected="it is finite and not negative")
 
     def after_update(self, model: BayesianLearner, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
@@ -87,8 +85,7 @@ class TowardsPrior(AdaptationStrategy):
     """
 
     def __init__(self, fraction: float = 1e-3) -> None:
-        _check_fraction(fraction)
-        self.fraction = fraction
+        self.fraction = _checked_fraction(fraction)
 
     def after_update(self, model: BayesianLearner, info: KBTInfo) -> bool:
         """See ``AdaptationStrategy``."""
@@ -149,10 +146,10 @@ class ReopenOnDetection(AdaptationStrategy):
         fraction: float = 1.0,
         rest: int = 25,
     ) -> None:
-        _check_fraction(fraction)
-        if rest < 0:
-            raise ValueError(f"rest is {rest}; a number of updates is not negative")
-        self.fraction, self.rest, self._given = fraction, rest, monitor
+        if monitor is not None:
+            instance("monitor", monitor, Monitor, "such as Cusum(1e-5)")
+        self.fraction, self._given = _checked_fraction(fraction), monitor
+        self.rest = whole("rest", rest, 0, "a whole number of updates, not negative")
         self._watch = _Watch(
             Cusum(1e-5) if monitor is None else monitor, NoiseReference(misfit, noise_lag), Lagged(noise_lag)
         )
@@ -225,6 +222,6 @@ class ReopenOnDetection(AdaptationStrategy):
         return True
 
 
-def _check_fraction(fraction: float) -> None:
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction is {fraction}; it lies in (0, 1], and 1 is the prior's covariance")
+def _checked_fraction(fraction: float) -> float:
+    expected = "it lies in (0, 1], and 1 is the prior's covariance"
+    return between("fraction", fraction, 0.0, 1.0, expected=expected, open_low=True)

@@ -16,11 +16,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from kbt_rl.agents import posteriors as several
 from kbt_rl.agents.bayesian import BayesianLearner, KBTInfo
-from kbt_rl.agents.experts import Expert
+from kbt_rl.agents.experts import Expert, check_kind
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.online_policy import Labeller
 from kbt_rl.agents.sample import LearnerInfo, Sample
+from kbt_rl.arguments import flag, instance, whole
 from kbt_rl.callbacks.adaptation import AdaptationStrategy
+from kbt_rl.callbacks.progress import Progress, progress_of
 from kbt_rl.callbacks.queries import Always, QueryRule
 from kbt_rl.callbacks.streams import IidStream, SampleStream, StreamBatch, VisitedStream, as_stream
 from kbt_rl.inference.change_detection import upper_quantile
@@ -42,10 +44,20 @@ class OnlineAdapter(BaseCallback):
             ``SampleStream``. By default i.i.d. for the learners on this library's transformer, and for others every
             fifth visited state.
         query: Which of the stream's rows are worth asking for, such as ``VarianceGate()``; all by default.
-        budget: Labels to ask for at most; None for no limit.
+        budget: Labels to ask for at most over all runs with a model; None for no limit.
         delay: Steps that a label takes. 0: before the policy acts in the state that was labelled; 1: just after.
         check_expert: Refuse an expert that was made for another plant than the training environment's.
         verbose: As in SB3.
+
+    Attributes:
+        asked: Labels that were asked for.
+        saved: Rows that the query rule or the budget left out.
+
+    Note:
+        ``save`` of a ``KBT`` or ``WarmStart`` keeps what was asked for and the labels that are on the way. An adapter
+        of the same class and kind of stream goes on from there when it first serves the loaded model; with a larger
+        ``budget`` it asks for the difference. Nothing keeps the expert or what a stream or rule of your own remembers.
+        The file of an adapted policy (``AdaptedPolicy.save``) keeps the posterior only: a new adapter starts anew.
     """
 
     model: OnlineAlgorithm
@@ -61,22 +73,31 @@ class OnlineAdapter(BaseCallback):
         check_expert: bool = True,
         verbose: int = 0,
     ) -> None:
-        super().__init__(verbose)
+        super().__init__(whole("verbose", verbose))
         self._given = None if stream is None else as_stream(stream)
         self.query = Always() if query is None else query
-        if budget is not None and not budget >= 0:
-            raise ValueError(f"budget is {budget}; a number of labels is not negative (None for no limit)")
-        if not delay >= 0:
-            raise ValueError(f"delay is {delay}; a label arrives 0, 1, ... steps after it was asked for")
-        self.budget, self.delay = budget, delay
-        self.asked = self.saved = 0
-        self._on_the_way: deque[tuple[int, Sample]] = deque()
-        self._step = 0
-        self._run: tuple[OnlineAlgorithm, object] | None = None
+        instance("query", self.query, QueryRule, "a rule such as VarianceGate()")
+        if budget is not None:
+            budget = whole("budget", budget, 0, "a whole number of labels, not negative (None for no limit)")
+        self.budget = budget
+        self.delay = whole("delay", delay, 0, "a label arrives 0, 1, ... steps after it was asked for")
+        self._progress, self._policy = Progress(), None  # type: tuple[Progress, object]
         if expert is None and not (self._given is not None and self._given.labelled):
             raise ValueError("this stream brings no labels; pass an expert")
-        self.expert, self.check_expert = expert, check_expert
+        if expert is not None:
+            check_kind(expert)
+        self.expert, self.check_expert = expert, flag("check_expert", check_expert)
         self._labeller: Labeller | None = None
+
+    @property
+    def asked(self) -> int:
+        """See the class."""
+        return self._progress.asked
+
+    @property
+    def saved(self) -> int:
+        """See the class."""
+        return self._progress.saved
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, OnlineAlgorithm):
@@ -96,22 +117,24 @@ class OnlineAdapter(BaseCallback):
         self.model.taught = True
         self.stream.check(self.model)
         self.query.check(self.model)
-        run = self.model, self.model.lesson
-        if self._run is None or any(now is not before for now, before in zip(run, self._run, strict=True)):
-            self._on_the_way.clear()  # asked for another model, or for features of another encoder
-        self._run = run
+        mine = self._progress if self._policy is self.model.policy else None
+        self._progress = progress_of(self, f"{type(self).__name__} {type(self.stream).__name__}", self.model, mine)
+        self._policy = self.model.policy
 
     def _on_step(self) -> bool:
-        self._step += 1
-        batch = self.stream.next(self.model, self.locals)
-        sample = None if batch is None else self._ask(batch)
-        if sample is not None:
-            self._on_the_way.append((self._step + self.delay, sample))
-        while self._on_the_way and self._on_the_way[0][0] <= self._step:
-            self._learn(self._on_the_way.popleft()[1])
-        self.logger.record("kalman/labels", self.model.labels_used)
-        self.logger.record("kalman/labels_asked", self.asked)
-        self.logger.record("kalman/labels_saved", self.saved)
+        progress = self._progress
+        progress.step += 1
+        try:
+            batch = self.stream.next(self.model, self.locals)
+            sample = None if batch is None else self._ask(batch)
+            if sample is not None:
+                progress.on_the_way.append((progress.step + self.delay, sample))
+            while progress.on_the_way and progress.on_the_way[0][0] <= progress.step:
+                self._learn(progress.on_the_way)
+        finally:  # the log of a run that ends in here tells what was learned
+            self.logger.record("kalman/labels", self.model.labels_used)
+            self.logger.record("kalman/labels_asked", self.asked)
+            self.logger.record("kalman/labels_saved", self.saved)
         return True
 
     def _ask(self, batch: StreamBatch) -> Sample | None:
@@ -124,7 +147,8 @@ class OnlineAdapter(BaseCallback):
         if self.budget is not None:
             wanted = wanted & (np.cumsum(wanted) <= self.budget - self.asked)
         asked = int(wanted.sum())
-        self.asked, self.saved = self.asked + asked, self.saved + int(offered.sum()) - asked
+        self._progress.asked += asked
+        self._progress.saved += int(offered.sum()) - asked
         if not asked:
             return None
         target, kind = batch.target, batch.kind
@@ -136,10 +160,22 @@ class OnlineAdapter(BaseCallback):
             target[wanted] = labels
         return Sample(batch.context, target, None if wanted.all() else wanted, features, kind)
 
-    def _learn(self, sample: Sample) -> None:
-        """Update on a sample whose labels have arrived."""
-        started = time.perf_counter()
-        info = self.model.update(sample)
+    def _learn(self, on_the_way: deque[tuple[int, Sample]]) -> None:
+        """Update on the first sample, whose labels have arrived.
+
+        It leaves the queue when it was learned or refused; an interrupt before that leaves it where it is.
+        """
+        started, before = time.perf_counter(), self.model.labels_used
+        try:
+            info = self.model.update(on_the_way[0][1])
+        except Exception:
+            on_the_way.popleft()
+            raise
+        except BaseException:
+            if self.model.labels_used != before:
+                on_the_way.popleft()
+            raise
+        on_the_way.popleft()
         elapsed = time.perf_counter() - started
         if info.labels:
             self.logger.record_mean("kalman/update_ms", 1e3 * elapsed)
@@ -179,8 +215,14 @@ class KalmanAdapter(OnlineAdapter):
 
     def __init__(self, *args: Any, strategy: AdaptationStrategy | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if strategy is not None:
+            instance("strategy", strategy, AdaptationStrategy, "such as ReopenOnDetection()")
         self.strategy = strategy
-        self.repairs = 0
+
+    @property
+    def repairs(self) -> int:
+        """Times that an update repaired a covariance."""
+        return self._progress.repairs
 
     def _init_callback(self) -> None:
         super()._init_callback()
@@ -211,7 +253,7 @@ class KalmanAdapter(OnlineAdapter):
         self.logger.record_mean("kalman/predictive_variance", info.predictive_variance)
         self.logger.record_mean("kalman/epistemic_variance", info.epistemic_variance)
         self.logger.record_mean("kalman/nis", info.nis / info.degrees)
-        self.repairs += info.repairs
+        self._progress.repairs += info.repairs
         self.logger.record("kalman/repairs", self.repairs)
         self._record_trust(info)
         if not several.plain_noise(self.model.policy.heads):

@@ -7,6 +7,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from kbt_rl.agents.identification import SelfTuningLQR
 from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.arguments import whole
 
 
 class IdentificationCallback(BaseCallback):
@@ -25,7 +26,7 @@ class IdentificationCallback(BaseCallback):
     model: OnlineAlgorithm
 
     def __init__(self, expert: SelfTuningLQR, verbose: int = 0) -> None:
-        super().__init__(verbose)
+        super().__init__(whole("verbose", verbose))
         if not isinstance(expert, SelfTuningLQR):
             raise TypeError(f"the expert must be a SelfTuningLQR, which takes transitions; got {type(expert).__name__}")
         self.expert = expert

@@ -16,6 +16,7 @@ from torch import Tensor
 from kbt_rl.agents import posteriors
 from kbt_rl.agents.bayesian import BayesianLearner
 from kbt_rl.agents.online import OnlineAlgorithm
+from kbt_rl.arguments import between
 
 Mask = npt.NDArray[np.bool_]
 
@@ -47,9 +48,8 @@ class Random(QueryRule):
     """
 
     def __init__(self, probability: float) -> None:
-        if not 0.0 < probability <= 1.0:
-            raise ValueError(f"probability is {probability}; it must lie in (0, 1]")
-        self.probability = probability
+        expected = "it must lie in (0, 1]"
+        self.probability = between("probability", probability, 0.0, 1.0, expected=expected, open_low=True)
 
     def wants(self, model: OnlineAlgorithm, features: Tensor) -> Mask:
         """See ``QueryRule``."""
@@ -67,9 +67,8 @@ class VarianceGate(QueryRule):
     """
 
     def __init__(self, threshold: float = 1.0) -> None:
-        if not 0.0 <= threshold < float("inf"):
-            raise ValueError(f"threshold is {threshold}; it is a variance ratio, finite and not negative")
-        self.threshold = threshold
+        expected = "it is a variance ratio, finite and not negative"
+        self.threshold = between("threshold", threshold, 0.0, expected=expected)
 
     def check(self, model: OnlineAlgorithm) -> None:
         """Only a posterior has an epistemic variance, and only noise a unit for it."""

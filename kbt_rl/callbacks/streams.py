@@ -19,7 +19,9 @@ from torch import Tensor
 
 from kbt_rl.agents.online import OnlineAlgorithm
 from kbt_rl.agents.online_policy import Context
+from kbt_rl.arguments import instance, shown, whole
 from kbt_rl.callbacks.queries import epistemic_variance
+from kbt_rl.inference.checks import as_array
 from kbt_rl.networks.links import LabelKind
 
 Array = npt.NDArray[Any]
@@ -70,6 +72,8 @@ class IidStream(SampleStream):
     """
 
     def __init__(self, box: spaces.Box | None = None) -> None:
+        if box is not None:
+            instance("box", box, spaces.Box)
         self.box = box
 
     def check(self, model: OnlineAlgorithm) -> None:
@@ -105,9 +109,7 @@ class VisitedStream(SampleStream):
     """
 
     def __init__(self, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"every is {every}; a label is asked for at every 1st, 2nd, ... step")
-        self.every = every
+        self.every = whole("every", every, 1, "a label is asked for at every 1st, 2nd, ... step")
 
     def next(self, model: OnlineAlgorithm, step: dict[str, Any]) -> StreamBatch | None:
         """See ``SampleStream``."""
@@ -128,9 +130,7 @@ class UncertainStream(IidStream):
 
     def __init__(self, pool: int = 32, box: spaces.Box | None = None) -> None:
         super().__init__(box)
-        if pool < 1:
-            raise ValueError(f"pool is {pool}; there is at least 1 state to choose from")
-        self.pool = pool
+        self.pool = whole("pool", pool, 1, "a whole number of states to choose from, at least 1")
 
     def check(self, model: OnlineAlgorithm) -> None:
         """Only a posterior knows what it does not know."""
@@ -157,9 +157,16 @@ class RecordedStream(SampleStream):
     labelled = True
 
     def __init__(self, observations: Array, targets: Array) -> None:
-        if len(observations) != len(targets):
-            raise ValueError(f"{len(observations)} observations and {len(targets)} targets; one of each a sample")
-        self.observations, self.targets = np.asarray(observations), np.asarray(targets)
+        self.observations = as_array(observations, "observations")
+        self.targets = as_array(targets, "targets")
+        counts = [len(array) if array.ndim else 0 for array in (self.observations, self.targets)]
+        if counts[0] != counts[1] or not (self.observations.ndim and self.targets.ndim):
+            raise ValueError(f"{counts[0]} observations and {counts[1]} targets; one of each a sample")
+        if not np.isfinite(self.observations).all() or np.isinf(self.targets).any():
+            raise ValueError(
+                "the recording holds an observation that is NaN or infinite, or a target that is infinite; leave such "
+                "rows out, and use NaN for a target that is missing"
+            )
         digest = hashlib.sha256(self.observations.tobytes() + self.targets.tobytes()).hexdigest()
         self._key = f"recorded {digest[:16]}"  # another recording starts at its own beginning
 
@@ -197,6 +204,6 @@ def as_stream(stream: str | SampleStream) -> SampleStream:
         "visited": VisitedStream,
         "uncertain": UncertainStream,
     }
-    if stream not in named:
-        raise ValueError(f"stream is {stream!r}; choose 'iid', 'visited', 'uncertain', or pass a SampleStream")
+    if not isinstance(stream, str) or stream not in named:
+        raise ValueError(f"stream is {shown(stream)}; choose 'iid', 'visited', 'uncertain', or pass a SampleStream")
     return named[stream]()

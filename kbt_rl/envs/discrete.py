@@ -17,8 +17,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from kbt_rl.arguments import is_flat, shown
 from kbt_rl.envs.inverted_pendulum import InvertedPendulumEnv
-from kbt_rl.envs.plant import NOMINAL, FloatArray
+from kbt_rl.envs.plant import NOMINAL, BoolArray, FloatArray
 from kbt_rl.envs.vector import InvertedPendulumVectorEnv, Parameter
 
 FIVE_FORCES = (-15.0, -2.0, 0.0, 2.0, 15.0)
@@ -108,8 +109,14 @@ class DiscreteInvertedPendulumVectorEnv(InvertedPendulumVectorEnv):
         self.single_action_space: spaces.Space[Any] = spaces.Discrete(len(self.forces))
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-    def _forces_of(self, actions: npt.ArrayLike) -> FloatArray:
-        return np.array(self.forces)[check_levels(actions, (self.num_envs,), len(self.forces))]
+    def _forces_of(self, actions: npt.ArrayLike, ignored: BoolArray) -> FloatArray:
+        values = np.asanyarray(actions)
+        numbers_of_all = values.shape == ignored.shape and values.dtype.kind in "fiu"
+        if ignored.any() and numbers_of_all and not isinstance(values, np.ma.MaskedArray):
+            kept = np.where(ignored, 0, values)  # floats, if one that is ignored is NaN
+            if np.array_equal(kept, np.round(kept)) and (np.abs(kept) < len(self.forces)).all():
+                values = kept.astype(np.int64)
+        return np.array(self.forces)[check_levels(values, (self.num_envs,), len(self.forces))]
 
 
 def check_forces(forces: Sequence[float]) -> tuple[float, ...]:
@@ -119,6 +126,8 @@ def check_forces(forces: Sequence[float]) -> tuple[float, ...]:
         TypeError: A level is not a real number.
         ValueError: Fewer than two levels, one that is not finite, or levels that do not increase.
     """
+    if not is_flat(forces):
+        raise TypeError(f"forces is {shown(forces)}; expected two levels in newtons or more, increasing")
     levels = tuple(forces)
     for level in levels:
         if not isinstance(level, numbers.Real):
@@ -138,9 +147,13 @@ def largest(forces: Sequence[float]) -> float:
 
 def check_levels(actions: npt.ArrayLike, shape: tuple[int, ...], count: int) -> npt.NDArray[np.int64]:
     """Return actions of ``shape`` as indices of levels, or raise ValueError if they are none."""
-    values = np.asarray(actions)
+    values = np.asanyarray(actions)
     if values.shape != shape:
         raise ValueError(f"the action must have shape {shape}, got {values.shape}")
-    if values.dtype.kind not in "iu" or not np.all((values >= 0) & (values < count)):
+    if (
+        values.dtype.kind not in "iu"
+        or isinstance(values, np.ma.MaskedArray)
+        or not np.all((values >= 0) & (values < count))
+    ):
         raise ValueError(f"an action is a whole number from 0 to {count - 1}, one a force level; got {actions!r}")
     return values.astype(np.int64)

@@ -11,6 +11,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
+from kbt_rl.arguments import instance, is_flat, number, shown, whole
+from kbt_rl.envs.inverted_pendulum import check_seed
 from kbt_rl.envs.parameters import Parameter, World, checked, known, world_of
 
 Values = Mapping[str, float]
@@ -54,15 +56,23 @@ class DynamicsShift(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     ) -> None:
         RecordConstructorArgs.__init__(self, values=values, at=at, drift=drift, ranges=ranges, bounds=bounds)
         gym.Wrapper.__init__(self, env)
+        if world is not None:
+            instance("world", world, World, "derive from kbt_rl.envs.parameters.World")
         self._world = world_of(env.unwrapped) if world is None else world
+        for name, given in (("values", values), ("drift", drift), ("ranges", ranges), ("bounds", bounds)):
+            if given is not None and not isinstance(given, Mapping):
+                raise TypeError(f"{name} is {shown(given)}; expected a dict of parameters, see DynamicsShift")
+        for name, pairs in (("ranges", ranges), ("bounds", bounds)):
+            for parameter, pair in (pairs or {}).items():
+                _interval(f"{name} of {parameter}", pair)
         self._bounds, self._drift, self._ranges = dict(bounds or {}), dict(drift or {}), dict(ranges or {})
         known(self._world, [*self._bounds, *self._drift, *self._ranges])
         start = self._checked(values or {})
-        self._at = [(time, self._checked(changed)) for time, changed in at]
+        self._at = [(time, self._checked(changed)) for time, changed in _timed(at)]
         if any(later <= earlier for (earlier, _), (later, _) in pairwise(self._at)):
             raise ValueError(f"the times of the shifts must increase, got {[time for time, _ in self._at]}")
         for name, rate in self._drift.items():
-            if not math.isfinite(rate):
+            if not math.isfinite(number(f"the drift of {name}", rate)):
                 raise ValueError(f"the drift of {name} is {rate}; a change with each step is finite")
         for name, (low, high) in self._ranges.items():
             for end in (low, high):
@@ -94,7 +104,7 @@ class DynamicsShift(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """See ``gymnasium.Env``; draws what ``ranges`` names, from a generator of its own."""
         if seed is not None:
-            self._rng = np.random.default_rng([seed, 13])
+            self._rng = np.random.default_rng([check_seed(seed) or 0, 13])
         self._set({name: float(self._rng.uniform(*limits)) for name, limits in self._ranges.items()})
         self._apply_due()
         observation, info = self.env.reset(seed=seed, options=options)
@@ -128,3 +138,23 @@ class DynamicsShift(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         if values:
             self._world.set(values)
             self._values |= values
+
+
+def _interval(name: str, pair: Any) -> None:
+    """Raise TypeError or ValueError unless these are two numbers, the smaller first."""
+    if not is_flat(pair) or len(pair) != 2:
+        raise TypeError(f"the {name} is {shown(pair)}; expected the smallest and the largest value")
+    for end in pair:
+        number(f"the {name}", end, "expected two numbers")
+
+
+def _timed(at: Any) -> list[tuple[int, Values]]:
+    """Pairs of a time in steps and values."""
+    if isinstance(at, (str, bytes)) or not isinstance(at, Sequence):
+        raise TypeError(f"at is {shown(at)}; expected pairs of a number of steps and the values from then on")
+    found = []
+    for shift in at:
+        if not (isinstance(shift, (tuple, list)) and len(shift) == 2):
+            raise TypeError(f"a shift of at is {shown(shift)}; expected a number of steps and the values from then on")
+        found.append((whole("the time of a shift", shift[0], 0, "a whole number of steps, not negative"), shift[1]))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from kbt_rl.arguments import shown, whole
 from kbt_rl.envs.plant import (
     DT,
     LABEL_BOX,
@@ -37,13 +39,47 @@ def symmetric_box(bounds: tuple[float, ...]) -> spaces.Box:
 
 
 def check_action(action: npt.ArrayLike, shape: tuple[int, ...]) -> FloatArray:
-    """Return ``action`` clipped to [-1, 1] as float64, or raise ValueError if it is not finite or not of ``shape``."""
-    values = np.asarray(action, dtype=np.float64)
+    """Return ``action`` clipped to [-1, 1] as float64.
+
+    Raises:
+        TypeError: It holds no real numbers, or masked ones.
+        ValueError: It is not finite or not of ``shape``.
+    """
+    values = real_array("the action", action)
     if values.shape != shape:
         raise ValueError(f"the action must have shape {shape}, got {values.shape}")
     if not np.all(np.isfinite(values)):
         raise ValueError(f"the action must be finite, got {action!r}")
     return np.clip(values, -1.0, 1.0)
+
+
+def real_array(name: str, values: npt.ArrayLike) -> FloatArray:
+    """Values as float64.
+
+    Raises:
+        TypeError: They are complex or objects, or some are masked.
+        ValueError: They are text, or their rows differ in length.
+    """
+    try:
+        array = np.asanyarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array: its rows differ in length") from error
+    if array.dtype.kind in "US":
+        raise ValueError(f"{name} is {shown(values)}; could not convert it to real numbers")
+    if isinstance(array, np.ma.MaskedArray) or array.dtype.kind not in "fiub":
+        kind = "a masked array" if isinstance(array, np.ma.MaskedArray) else array.dtype
+        raise TypeError(f"{name} is {kind}; expected an array of real numbers")
+    return np.asarray(array, dtype=np.float64)
+
+
+def check_seed(value: int | None) -> int | None:
+    """A seed of Gymnasium's generators.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not whole, or negative.
+    """
+    return None if value is None else whole("seed", value, 0, "a whole number, not negative, or None", most=2**128)
 
 
 def check_start(options: dict[str, Any] | None, shape: tuple[int, ...]) -> FloatArray | None:
@@ -52,12 +88,14 @@ def check_start(options: dict[str, Any] | None, shape: tuple[int, ...]) -> Float
     Raises:
         ValueError: An option is unknown, or the state does not broadcast to ``shape``, has fallen or is out of bounds.
     """
-    options = options or {}
-    if unknown := sorted(options.keys() - {"state"}):
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options is {shown(options)}; expected a dict such as {{'state': [0.0, 0.0, 0.1, 0.0]}}")
+    options = dict(options or {})
+    if unknown := sorted(map(str, options.keys() - {"state"})):
         raise ValueError(f"unknown reset options {unknown}; the only one is 'state', [x, x_dot, theta, theta_dot]")
     if "state" not in options:
         return None
-    state = np.array(options["state"], dtype=np.float64)
+    state = real_array("options['state']", options["state"]).copy()
     if state.shape not in (shape, shape[-1:]):
         raise ValueError(f"options['state'] must have shape {shape} (or {shape[-1:]}), got {state.shape}")
     if np.any(has_ended(state)):
@@ -119,6 +157,8 @@ class InvertedPendulumEnv(gym.Env[npt.NDArray[Any], npt.NDArray[Any]]):
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / DT)}  # noqa: RUF012
     label_space: ClassVar[spaces.Box] = symmetric_box(LABEL_BOX)
+    #: Tells it from other environments, through wrappers and workers too, whose ``params`` are something else.
+    is_inverted_pendulum: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -165,7 +205,7 @@ class InvertedPendulumEnv(gym.Env[npt.NDArray[Any], npt.NDArray[Any]]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode at a random state, or at ``options["state"]``."""
         start = check_start(options, (4,))
-        super().reset(seed=seed)
+        super().reset(seed=check_seed(seed))
         self._state = sample_start(self.np_random) if start is None else start
         self._force, self._time, self._fallen = 0.0, 0.0, False
         self._render_human()
@@ -230,5 +270,5 @@ def sample_start(rng: np.random.Generator) -> FloatArray:
 
 def check_render_mode(render_mode: str | None, metadata: dict[str, Any]) -> None:
     """Raise ValueError unless ``render_mode`` is None or among ``metadata["render_modes"]``."""
-    if render_mode is not None and render_mode not in metadata["render_modes"]:
-        raise ValueError(f"render_mode must be None or one of {metadata['render_modes']}, got {render_mode!r}")
+    if render_mode is not None and not (isinstance(render_mode, str) and render_mode in metadata["render_modes"]):
+        raise ValueError(f"render_mode must be None or one of {metadata['render_modes']}, got {shown(render_mode)}")

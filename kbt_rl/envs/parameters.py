@@ -20,6 +20,8 @@ from gymnasium.envs.classic_control import (
     PendulumEnv,
 )
 
+from kbt_rl.arguments import number, shown
+
 
 class Parameter(NamedTuple):
     """One parameter of a world.
@@ -171,10 +173,14 @@ def checked(world: World, values: Mapping[str, float], bounds: Mapping[str, tupl
         TypeError: A name is unknown, or a value no number.
         ValueError: A value is out of bounds.
     """
+    if not isinstance(values, Mapping):
+        names = ", ".join(world.parameters)
+        raise TypeError(f"the values are {shown(values)}; expected a dict of parameters, of which there are {names}")
     known(world, values)
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise TypeError(f"{name} is {value!r}; expected a number")
+        value = number(name, value)
         low, high = bounds.get(name, world.parameters[name][1:])
         if not low <= value <= high or not math.isfinite(value):
             raise ValueError(f"{name} is {value}, outside of its bounds [{low:g}, {high:g}]")

@@ -14,9 +14,10 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
+from kbt_rl.arguments import shown
 from kbt_rl.envs.discrete import DiscreteInvertedPendulumVectorEnv
 from kbt_rl.envs.plant import InvertedPendulumParams
-from kbt_rl.envs.vector import InvertedPendulumVectorEnv
+from kbt_rl.envs.vector import InvertedPendulumVectorEnv, check_count
 
 _VECTOR_FORMS = {
     f"{form.__module__}:{form.__name__}" for form in (InvertedPendulumVectorEnv, DiscreteInvertedPendulumVectorEnv)
@@ -37,7 +38,14 @@ class InvertedPendulumSB3VecEnv(VecEnv):
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, **kwargs: Any) -> None:
-        if gym.spec(env_id).vector_entry_point not in _VECTOR_FORMS:
+        num_envs = check_count(num_envs)
+        if not isinstance(env_id, str):
+            raise TypeError(f"env_id is {shown(env_id)}; expected an id such as 'kbt_rl/InvertedPendulum-v0'")
+        try:
+            spec = gym.spec(env_id)
+        except gym.error.Error as error:
+            raise ValueError(f"env_id is {env_id!r}, which is no id of an environment: {error}") from error
+        if spec.vector_entry_point not in _VECTOR_FORMS:
             raise TypeError(f"{env_id} is not an inverted pendulum; use make_vec_env of Stable-Baselines3 for it")
         envs = gym.make_vec(env_id, num_envs=num_envs, autoreset_mode=AutoresetMode.SAME_STEP.value, **kwargs)
         assert isinstance(envs, InvertedPendulumVectorEnv)

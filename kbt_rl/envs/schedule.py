@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
+from kbt_rl.arguments import between, number, shown
+from kbt_rl.envs.inverted_pendulum import check_seed
 from kbt_rl.envs.plant import InvertedPendulumParams
 
 Array = npt.NDArray[Any]
@@ -87,9 +89,11 @@ class ScheduledShifts(_ChangingPlant):
     """
 
     def __init__(self, env: Env, shifts: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        if isinstance(shifts, (str, bytes)) or not isinstance(shifts, Sequence):
+            raise TypeError(f"shifts is {shown(shifts)}; expected pairs of a time and the parameters from then on")
         RecordConstructorArgs.__init__(self, shifts=shifts)
         super().__init__(env)
-        self.shifts = tuple((_time(time), _checked(dynamics)) for time, dynamics in shifts)
+        self.shifts = tuple((_time(time), _checked(dynamics)) for time, dynamics in map(_pair, shifts))
         times = [time for time, _ in self.shifts]
         if any(later <= earlier for earlier, later in pairwise(times)):
             raise ValueError(f"the times of the shifts must increase, got {times}")
@@ -125,19 +129,20 @@ class RandomWalkDrift(_ChangingPlant):
     def __init__(self, env: Env, rate: float = 0.002, bounds: Bounds | None = None, seed: int | None = None) -> None:
         RecordConstructorArgs.__init__(self, rate=rate, bounds=bounds, seed=seed)
         super().__init__(env)
-        if not 0.0 <= rate < math.inf:
-            raise ValueError(f"rate is {rate}; a standard deviation is finite and not negative")
-        self.rate = rate
+        self.rate = between("rate", rate, 0.0, expected="a standard deviation is finite and not negative")
+        if bounds is not None and not isinstance(bounds, Mapping):
+            raise TypeError(f"bounds is {shown(bounds)}; expected a dict of parameters and their intervals")
         self.bounds = dict(PLANT_RANGES if bounds is None else bounds)
         for name, (low, high) in self.bounds.items():
             _checked({name: low})
+            number(f"the upper bound of {name}", high)
             value = self._wrapped.dynamics[name]
             if not low < high < math.inf:
                 raise ValueError(f"the bounds of {name} are ({low}, {high}); expected an interval of positive numbers")
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}, outside of its bounds ({low}, {high}); widen them")
         self._low, self._high = np.log(np.array(list(self.bounds.values())).reshape(-1, 2)).T
-        self._walk_rng = np.random.default_rng(seed)
+        self._walk_rng = np.random.default_rng(check_seed(seed))
         self._start()
 
     def _restart(self, seed: int) -> None:
@@ -164,6 +169,12 @@ def reflected(value: Array, low: Array, high: Array) -> Array:
     return np.asarray(low + np.minimum(distance, 2.0 * width - distance))
 
 
+def _pair(shift: Any) -> tuple[Any, Any]:
+    if not (isinstance(shift, (tuple, list)) and len(shift) == 2):
+        raise TypeError(f"a shift is {shown(shift)}; expected a pair of a time and the parameters from then on")
+    return shift[0], shift[1]
+
+
 def _time(time: int) -> int:
     try:
         whole = operator.index(time)
@@ -177,7 +188,9 @@ def _time(time: int) -> int:
 def _checked(dynamics: Mapping[str, float]) -> dict[str, float]:
     """The parameters, if they are the plant's and valid."""
     known = InvertedPendulumParams().dynamics
-    if unknown := sorted(set(dynamics) - set(known)):
+    if not isinstance(dynamics, Mapping):
+        raise TypeError(f"the plant is {shown(dynamics)}; expected a dict of parameters such as {{'pole_mass': 1.0}}")
+    if unknown := sorted(map(str, set(dynamics) - set(known))):
         raise TypeError(f"the plant has no parameters {unknown}; it has {list(known)}")
     InvertedPendulumParams(**dynamics)
     return dict(dynamics)

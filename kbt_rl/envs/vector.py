@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -14,7 +15,16 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from kbt_rl.envs.inverted_pendulum import check_action, check_render_mode, check_start, sample_start, symmetric_box
+from kbt_rl.arguments import is_flat, shown, whole
+from kbt_rl.envs.inverted_pendulum import (
+    check_action,
+    check_render_mode,
+    check_seed,
+    check_start,
+    real_array,
+    sample_start,
+    symmetric_box,
+)
 from kbt_rl.envs.plant import (
     DT,
     LABEL_BOX,
@@ -33,6 +43,8 @@ from kbt_rl.envs.plant import (
 )
 
 Parameter = float | FloatArray | Sequence[float]
+# Their states and infos take some hundred bytes each.
+_MOST_ENVS = 10**8
 
 
 class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], npt.NDArray[Any]]):
@@ -45,9 +57,9 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         num_envs: Number of sub-environments, n.
         max_episode_steps: Steps after which an episode is truncated; -1 or None for no limit.
         render_mode: None or ``"rgb_array"``.
-        autoreset_mode: ``NEXT_STEP``: the step after the end of an episode ignores its action and returns the start of
-            the next one. ``SAME_STEP``: the ending step does, with the last observation in ``info["final_obs"]`` and
-            the last info in ``info["final_info"]``.
+        autoreset_mode: ``NEXT_STEP``: the step after the end of an episode ignores its action, whatever it is, and
+            returns the start of the next one. ``SAME_STEP``: the ending step does, with the last observation in
+            ``info["final_obs"]`` and the last info in ``info["final_info"]``.
         cart_mass: kg, one value for all or ``(n,)``.
         pole_mass: kg, one value for all or ``(n,)``.
         pole_half_length: m, one value for all or ``(n,)``.
@@ -60,6 +72,8 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
     label_space: ClassVar[spaces.Box] = symmetric_box(LABEL_BOX)
+    #: Tells it from other environments, through wrappers and workers too, whose ``params`` are something else.
+    is_inverted_pendulum: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -72,8 +86,7 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         pole_half_length: Parameter = NOMINAL.pole_half_length,
         max_force: float = NOMINAL.max_force,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        num_envs = check_count(num_envs)
         check_render_mode(render_mode, self.metadata)
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -130,7 +143,7 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
             pole_mass: kg, one value or ``(k,)``.
             pole_half_length: m, one value or ``(k,)``.
         """
-        chosen = range(self.num_envs) if indices is None else indices
+        chosen = range(self.num_envs) if indices is None else _check_indices(indices, self.num_envs)
         values = {"cart_mass": cart_mass, "pole_mass": pole_mass, "pole_half_length": pole_half_length}
         columns = {name: _per_env(name, value, len(chosen)) for name, value in values.items() if value is not None}
         params = list(self._params)
@@ -167,13 +180,13 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
         """Hold one force per sub-environment for 0.02 s.
 
         Args:
-            actions: ``(n, 1)``, clipped to [-1, 1].
+            actions: ``(n, 1)``, clipped to [-1, 1]; NaN or anything else of this shape where an episode only starts.
 
         Returns:
             Observations ``(n, 4)``, rewards, terminations, truncations, each ``(n,)``, and infos.
         """
         state = self._current_state()
-        self._force = self._forces_of(actions)
+        self._force = self._forces_of(actions, self._done)
         cost = stage_cost(state, self._force)
         reward = 1.0 / (1.0 + cost)
         self._state = rk4_step(state, self._force, self._plant)
@@ -212,9 +225,12 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
             raise gym.error.ResetNeeded("call reset() before step(), render() or reading the state")
         return self._state
 
-    def _forces_of(self, actions: npt.ArrayLike) -> FloatArray:
-        """The forces in newtons, ``(n,)``, that actions stand for."""
-        return self._params[0].max_force * check_action(actions, (self.num_envs, 1))[:, 0]
+    def _forces_of(self, actions: npt.ArrayLike, ignored: BoolArray) -> FloatArray:
+        """The forces in newtons, ``(n,)``, that actions stand for; 0 in the rows ``ignored``."""
+        values = real_array("the action", actions)
+        if values.shape == (self.num_envs, 1):
+            values = np.where(ignored[:, np.newaxis], 0.0, values)
+        return self._params[0].max_force * check_action(values, (self.num_envs, 1))[:, 0]
 
     def _generator(self, index: int) -> np.random.Generator:
         generator = self._generators[index]
@@ -226,7 +242,11 @@ class InvertedPendulumVectorEnv(VectorEnv[Observation, npt.NDArray[np.float32], 
     def _seed(self, seed: int | Sequence[int | None] | None) -> None:
         if seed is None:
             return
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
+        if isinstance(seed, (list, tuple, np.ndarray)):
+            seeds = [check_seed(value) for value in seed]
+        else:
+            first: Any = check_seed(seed)  # type: ignore[arg-type]
+            seeds = [first + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"one seed per sub-environment is needed: num_envs is {self.num_envs}, got {len(seeds)}")
         for index, value in enumerate(seeds):
@@ -266,24 +286,39 @@ def _with_masks(infos: dict[str, Any], rows: BoolArray) -> dict[str, Any]:
     return {**infos, **{f"_{name}": rows.copy() for name in infos}}
 
 
+def _check_indices(indices: Sequence[int], count: int) -> list[int]:
+    if not is_flat(indices):
+        raise TypeError(f"indices is {shown(indices)}; expected numbers of sub-environments")
+    chosen = [whole("an index", index, -count, most=count - 1) for index in indices]
+    return [index % count for index in chosen]
+
+
 def _per_env(name: str, value: Parameter, count: int) -> list[float]:
-    array = np.asarray(value, dtype=np.float64)
+    array = real_array(name, value)
     if array.shape not in ((), (count,)):
         raise ValueError(f"{name} must be one number or have shape ({count},), got shape {array.shape}")
     column: list[float] = np.broadcast_to(array, (count,)).tolist()
     return column
 
 
+def check_count(num_envs: int) -> int:
+    """A number of sub-environments, or a TypeError or ValueError."""
+    if isinstance(num_envs, numbers.Real) and num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    return whole("num_envs", num_envs, 1, most=_MOST_ENVS)
+
+
 def _check_step_limit(limit: int | None) -> float:
-    if limit is None or limit == -1:
+    if limit is None or (isinstance(limit, numbers.Real) and limit == -1):
         return float("inf")
-    if limit < 1:
+    if isinstance(limit, numbers.Real) and limit < 1:
         raise ValueError(f"max_episode_steps must be positive, or -1 for no limit, got {limit}")
-    return limit
+    return whole("max_episode_steps", limit, 1, "a whole number of steps, -1 or None for no limit")
 
 
 def _check_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    mode = AutoresetMode(mode)
-    if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-        raise ValueError(f"autoreset_mode must be NEXT_STEP or SAME_STEP, got {mode}")
-    return mode
+    known = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
+    found = next((one for one in known if isinstance(mode, (AutoresetMode, str)) and mode in (one, one.value)), None)
+    if found is None:
+        raise ValueError(f"autoreset_mode must be NEXT_STEP or SAME_STEP, got {shown(mode)}")
+    return found

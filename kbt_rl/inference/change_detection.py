@@ -22,11 +22,15 @@ from collections import deque
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
+from numpy.linalg import LinAlgError
 from scipy.stats import chi2, f
 
+from kbt_rl.arguments import between, whole
 from kbt_rl.inference.run_length import cusum_threshold
 
 T = TypeVar("T")
+# Of one sample; the threshold is found by quadrature over their distribution.
+_MOST_LABELS = 10**6
 
 
 class Monitor(ABC):
@@ -41,9 +45,11 @@ class Monitor(ABC):
     """
 
     def __init__(self, false_alarm_rate: float) -> None:
-        if not 0.0 < false_alarm_rate < 1.0:
-            raise ValueError(f"false_alarm_rate is {false_alarm_rate}; it is a probability per sample, in (0, 1)")
-        self.false_alarm_rate = false_alarm_rate
+        expected = "it is a probability per sample, in (0, 1)"
+        rate = between("false_alarm_rate", false_alarm_rate, 0.0, 1.0, expected=expected, open_low=True)
+        if rate == 1.0:
+            raise ValueError(f"false_alarm_rate is {false_alarm_rate}; {expected}")
+        self.false_alarm_rate = rate
         self.alarms = self.samples = 0
 
     def observe(self, nis: float, labels: int = 1) -> bool:
@@ -99,10 +105,8 @@ class WindowedChiSquare(Monitor):
 
     def __init__(self, false_alarm_rate: float = 1e-4, window: int = 5) -> None:
         super().__init__(false_alarm_rate)
-        if window < 1:
-            raise ValueError(f"window is {window}; it holds at least 1 sample")
-        self.window = window
-        self._recent: deque[tuple[float, int]] = deque(maxlen=window)
+        self.window = whole("window", window, 1, "it holds at least 1 sample")
+        self._recent: deque[tuple[float, int]] = deque(maxlen=self.window)
 
     def restart(self) -> None:
         """See ``Monitor``."""
@@ -135,14 +139,16 @@ class Cusum(Monitor):
 
     def __init__(self, false_alarm_rate: float = 1e-4, inflation: float = 4.0, labels: int = 1) -> None:
         super().__init__(false_alarm_rate)
-        if not 1.0 < inflation < math.inf:
+        expected = "the variance that should be noticed is above 1 times the usual"
+        self.inflation = between("inflation", inflation, 1.0, expected=expected, open_low=True)
+        self.labels = whole("labels", labels, 1, "a sample has at least 1", most=_MOST_LABELS)
+        try:
+            self.threshold = cusum_threshold(self.false_alarm_rate, self.inflation, self.labels)
+        except (LinAlgError, ArithmeticError) as error:
             raise ValueError(
-                f"inflation is {inflation}; the variance that should be noticed is above 1 times the usual"
-            )
-        if labels < 1:
-            raise ValueError(f"labels is {labels}; a sample has at least 1")
-        self.inflation, self.labels = inflation, labels
-        self.threshold = cusum_threshold(false_alarm_rate, inflation, labels)
+                f"no threshold is found for false_alarm_rate={false_alarm_rate}, inflation={inflation} and "
+                f"labels={labels} ({error}); take less extreme ones"
+            ) from error
         self.statistic = 0.0
 
     def restart(self) -> None:
@@ -172,7 +178,7 @@ class LogLossCusum(Monitor):
 
     def __init__(self, false_alarm_rate: float = 1e-4) -> None:
         super().__init__(false_alarm_rate)
-        self.threshold, self.statistic = -math.log(false_alarm_rate), 0.0
+        self.threshold, self.statistic = -math.log(self.false_alarm_rate), 0.0
 
     def observe_ratio(self, log_ratio: float) -> bool:
         """Take the log ratio of the next sample; see ``observe``.
@@ -216,10 +222,8 @@ class Lagged(Generic[T]):
     """
 
     def __init__(self, lag: int) -> None:
-        if lag < 0:
-            raise ValueError(f"lag is {lag}; it counts samples back, 0 is now")
-        self.lag = lag
-        self._values: deque[T] = deque(maxlen=lag)
+        self.lag = whole("lag", lag, 0, "it counts samples back, 0 is now")
+        self._values: deque[T] = deque(maxlen=self.lag)
         self._samples = 0
 
     def value(self, now: T) -> T:
@@ -249,10 +253,9 @@ class NoiseReference:
     """
 
     def __init__(self, floor: float = 0.0, lag: int = 0) -> None:
-        if not 0.0 <= floor < math.inf:
-            raise ValueError(f"floor is {floor}; a variance is finite and not negative")
-        self.floor, self.lag = floor, lag
+        self.floor = between("floor", floor, 0.0, expected="a variance is finite and not negative")
         self._levels: Lagged[float] = Lagged(lag)
+        self.lag = self._levels.lag
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor."""

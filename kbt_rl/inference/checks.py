@@ -18,11 +18,16 @@ SUM_TOLERANCE = 1e-5
 IGNORED = -100
 
 
-def as_array(values: Tensor | npt.ArrayLike) -> npt.NDArray[Any]:
+def as_array(values: Tensor | npt.ArrayLike, name: str = "observations, features or target") -> npt.NDArray[Any]:
     """Values on the CPU, detached, without a copy where that is possible.
+
+    Args:
+        values: What came.
+        name: What it is, for the message.
 
     Raises:
         TypeError: They are not real numbers: complex, text or objects; or some of them are masked.
+        ValueError: Their rows differ in length.
     """
     array: npt.NDArray[Any]
     if isinstance(values, Tensor):
@@ -33,12 +38,13 @@ def as_array(values: Tensor | npt.ArrayLike) -> npt.NDArray[Any]:
             array = (values if values.is_complex() else values.double()).numpy()
     else:
         if isinstance(values, np.ma.MaskedArray):
-            raise TypeError(
-                "observations, features or target are a masked array, and its mask would be lost; use NaN for no label"
-            )
-        array = np.asarray(values)
+            raise TypeError(f"{name} are a masked array, and its mask would be lost; use NaN for no label")
+        try:
+            array = np.asarray(values)
+        except ValueError as error:
+            raise ValueError(f"{name} are no array: their rows differ in length") from error
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"observations, features or target hold {array.dtype}; expected real numbers")
+        raise TypeError(f"{name} hold {array.dtype}; expected real numbers")
     # PyTorch knows no longer numbers.
     return array.astype(np.float64) if array.dtype.itemsize > 8 else array
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from kbt_rl.arguments import MOST
 from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.forgetting import FORGETTING
 from kbt_rl.inference.likelihoods.base import Link
@@ -139,6 +141,8 @@ class HeadConfig:
             raise ValueError("propagation='linearised' takes exact features; set feature_variance to 0")
         if self.forgetting != "none":
             FORGETTING[self.forgetting].check(self.forgetting_rate)
+        elif not math.isfinite(self.forgetting_rate):
+            raise ValueError(f"forgetting_rate is {self.forgetting_rate}; expected a finite number")
         self._check_noise()
 
     def _check_noise(self) -> None:
@@ -231,12 +235,12 @@ def _megabytes(numbers: int) -> str:
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
         raise ValueError(f"{name} is {value!r}; a whole number, at least {least}")
 
 

@@ -9,7 +9,6 @@ Inputs are scaled by buffers, so that the network sees numbers of order one and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kbt_rl.arguments import MOST, between, flag, shown
+
+# What float32 holds, with room for products.
+LARGEST_RETURN = 1e30
 # ``nn.Module._parameters``, typed loosely since a layer may lack a bias.
 Parameters = dict[str, Any]
 
@@ -50,10 +53,12 @@ class DecisionTransformerConfig:
     def __post_init__(self) -> None:
         for name in ("context_length", "width", "layers", "heads", "feedforward", "max_timestep"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if self.target_return is not None and not math.isfinite(self.target_return):
-            raise ValueError(f"target_return is {self.target_return}; it must be finite, or None for none")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+                raise ValueError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
+        flag("norm_first", self.norm_first)
+        if self.target_return is not None:
+            expected = "it must be finite, or None for none"
+            between("target_return", self.target_return, -LARGEST_RETURN, LARGEST_RETURN, expected=expected)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
 

@@ -13,6 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from kbt_rl.inference.checks import as_array
 from kbt_rl.networks.links import ActionLink, LinkName
 from kbt_rl.networks.tap import untapped
 
@@ -140,11 +141,12 @@ def finite(observation: Any) -> Any:
     """Observations, of which a network must not make an action if they are NaN or infinite.
 
     Raises:
-        ValueError: They are.
+        TypeError: They are not real numbers, or some are masked.
+        ValueError: They are not finite.
     """
     parts = observation.items() if isinstance(observation, dict) else [("observation", observation)]
     for name, values in parts:
-        array = np.asarray(values)
+        array = as_array(values, name)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} holds NaN or infinity: {array[~np.isfinite(array)][:3]}; check the sensor")
     return observation

@@ -65,11 +65,15 @@ class ActionLink(ABC):
         Raises:
             ValueError: Not a label of this kind.
         """
-        if kind not in self.kinds:
+        if not isinstance(kind, str) or kind not in self.kinds:
             raise ValueError(f"kind is {kind!r}; labels of this policy are {' or '.join(map(repr, self.kinds))}")
-        values = np.asarray(label)
-        if values.dtype.kind not in "fiub":
-            raise ValueError(f"the label holds {values.dtype}; expected real numbers")
+        try:
+            values = np.asanyarray(label)
+        except ValueError as error:
+            raise ValueError("the label is no array: its rows differ in length") from error
+        if values.dtype.kind not in "fiub" or isinstance(values, np.ma.MaskedArray):
+            kind_found = "masked values" if isinstance(values, np.ma.MaskedArray) else values.dtype
+            raise ValueError(f"the label holds {kind_found}; expected real numbers, NaN where there is no label")
         if np.isinf(values).any():
             raise ValueError("the label is infinite; use NaN where there is no label")
         whole = self._action_shape(len(outputs))

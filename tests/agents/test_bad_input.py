@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from gymnasium import spaces
 from learners import NOMINAL, SHIFTED, changed, expert, kbt, longer_kbt, pretrained, states, warm_start, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from kbt_rl import KBT, DecisionTransformerPolicy, KalmanAdapter, LQRExpert, OnlineAdapter, Sample, WarmStart
 from kbt_rl.agents.behaviour_cloning import PretrainConfig
@@ -283,3 +285,89 @@ def test_unbounded_spaces_have_no_iid_stream() -> None:
         model.learn(1, callback=KalmanAdapter(nowhere))
     model.learn(1, callback=KalmanAdapter(nowhere, "visited"))
     assert model.labels_used == 0
+
+
+# ---------------------------------------------------------------------- environments of others
+
+
+class Foreign(gym.Env):  # type: ignore[type-arg]
+    """An environment whose attributes have names that ours have, and other meanings."""
+
+    def __init__(self, discrete: bool, **attributes: Any) -> None:
+        self.observation_space = spaces.Box(-1.0, 1.0, (3,), dtype=np.float32)
+        self.action_space = spaces.Discrete(2) if discrete else spaces.Box(-1.0, 1.0, (2,), dtype=np.float32)
+        self.__dict__.update(attributes)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(3, dtype=np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(3, dtype=np.float32), 0.0, False, False, {}
+
+    def set_dynamics(self, wind: float) -> None: ...
+
+
+class Robot:
+    """Parameters of somebody else's robot."""
+
+    max_force = np.array([10.0, 20.0])
+
+
+ATTRIBUTES: dict[str, tuple[Any, ...]] = {
+    "forces": (np.zeros((2, 6)), (-1.0, 2.0), [0.5, np.nan], "contact", {"foot": 1.0}, 3.0, lambda: 0.0, None),
+    "max_force": (np.ones(2), 5.0, -1.0, "strong", None, lambda: 1.0, [1.0]),
+    "params": (np.ones(3), Robot(), {"mass": np.ones(2)}, (1.0, 2.0), 7, lambda: 0.0),
+    "label_space": (
+        3, spaces.Discrete(4), spaces.Box(0.0, 1.0, (5,)), spaces.Box(-np.inf, np.inf, (3,)), lambda: None
+    ),
+}  # fmt: skip
+
+
+@LEARNERS
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_of_another_environment_are_not_taken_for_ours(make: Any, discrete: bool, name: str) -> None:
+    def teacher(observations: Any) -> Any:
+        return np.ones(len(observations), dtype=int) if discrete else np.zeros((len(observations), 2))
+
+    for value in ATTRIBUTES[name]:
+        teacher.__dict__[name] = value  # nor those of an expert
+        env = Foreign(discrete, **{name: value})
+        model = {kbt: KBT, warm_start: WarmStart}[make](env=env, seed=0)
+        assert np.isnan(model.max_force)
+        assert model.forces is None
+        assert model.label_space == env.observation_space
+        model.set_env(Foreign(discrete, **{name: 2.0}))
+        model.set_env(DummyVecEnv([lambda: Foreign(discrete), lambda: env]))  # noqa: B023
+        model.learn(4, callback=(KalmanAdapter if make is kbt else OnlineAdapter)(teacher))
+        assert model.labels_used == 4
+
+
+def test_an_attribute_that_a_worker_cannot_send_is_left_alone() -> None:
+    env = SubprocVecEnv([functools.partial(unsendable)], start_method="spawn")
+    try:
+        model = KBT(env=env, seed=0)
+        model.learn(2, callback=KalmanAdapter(lambda rows: np.zeros((len(rows), 2))))
+        assert model.labels_used == 2
+    finally:
+        env.close()
+
+
+def unsendable() -> Foreign:
+    return Foreign(False, forces=lambda: 0.0, max_force=open(__file__), params=(row for row in ()))
+
+
+def test_a_stated_label_box_is_that_of_any_environment() -> None:
+    box = spaces.Box(-0.5, 0.25, (3,), dtype=np.float32)
+    model = KBT(env=Foreign(False, label_space=box), seed=0)
+    assert model.label_space == box
+    np.testing.assert_allclose(model.policy.transformer.observation_scale, 0.5)
+
+
+def test_an_observation_that_is_always_0_can_be_scaled() -> None:
+    env = Foreign(False)
+    env.observation_space = spaces.Box(np.float32([-2, 0, -1]), np.float32([2, 0, 3]))
+    model = KBT(env=env, seed=0)
+    assert model.policy.transformer.observation_scale.tolist() == [2.0, 1.0, 3.0]
+    assert np.isfinite(model.predict(np.zeros(3, dtype=np.float32))[0]).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from typing import Any
 
@@ -224,6 +225,83 @@ def test_target_return_is_cloned_on_episodes_and_conditions_the_action() -> None
     model = KBT(env=make_vec_env(Reach, n_envs=1), policy_kwargs={"transformer": config}, seed=0)
     model.pretrain(reach_expert, PretrainConfig(samples=50, steps=5), progress_bar=False)
     assert model.policy.predict_moments(np.zeros(3)).mean.shape == (1, 2)
+
+
+class Endless(Reach):
+    """Episodes never end; in some rows of a vector env they do, if it is given a length."""
+
+    def __init__(self, length: int | None = None) -> None:
+        super().__init__()
+        self.length = length
+
+    def step(self, action):  # type: ignore[no-untyped-def]
+        observation, reward, *_, info = super().step(action)
+        ended = self.length is not None and self.steps >= self.length
+        return observation, reward, ended, False, info
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloning, "_PATIENCE_AT_LEAST", 100)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("lengths", [[None], [None, None], [2_000, None, None]])
+def test_an_environment_without_a_time_limit_is_cloned_from_what_there_is(lengths: list[int | None]) -> None:
+    env = DummyVecEnv([functools.partial(Endless, length) for length in lengths])
+    model = KBT(env=env, policy_kwargs={"transformer": LONGER}, seed=0)
+    with pytest.warns(UserWarning, match=r"of the \d+ steps .* did not end are used as well.*TimeLimit"):
+        info = model.pretrain(reach_expert, PretrainConfig(samples=400, steps=200), progress_bar=False)
+    assert info.samples == 360
+    assert np.isfinite(info.validation_rmse)
+    steps = 0
+
+    def counted(observations: np.ndarray) -> np.ndarray:
+        nonlocal steps
+        steps += len(observations)
+        return reach_expert(observations)
+
+    with pytest.warns(UserWarning, match="did not end"):
+        data = rollout_demonstrations(counted, env, 30, 2, lambda n: None, needs_returns=False)
+    assert len(data) == 30
+    assert np.isfinite(data.returns).all()
+    assert steps <= max(300, 100 * len(lengths))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_returns_of_episodes_that_do_not_end_are_not_made_up() -> None:
+    config = DecisionTransformerConfig(target_return=10.0)
+    model = KBT(env=DummyVecEnv([Endless]), policy_kwargs={"transformer": config}, seed=0)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"0 are of episodes that ended.*TimeLimit"):
+        model.pretrain(reach_expert, PretrainConfig(samples=20, steps=5), progress_bar=False)
+    assert not changed(before, weights(model))
+
+
+@pytest.mark.parametrize("bound", [1.0, 40.0, 1e30])
+@pytest.mark.parametrize("rest", [0.0, 1e-12, 1e-42])
+def test_an_action_that_the_expert_does_not_use_has_the_unit_of_its_range(bound: float, rest: float) -> None:
+    """Or that of the others where it has no range; it is learned like any other when it is used one day."""
+
+    class Second(Reach):
+        action_space = spaces.Box(np.float32([-1, -bound]), np.float32([1, bound]), dtype=np.float32)
+
+    def one_handed(observations: np.ndarray) -> np.ndarray:
+        labels = reach_expert(observations)
+        labels[:, 1] = rest
+        return labels
+
+    model = KBT(env=make_vec_env(Second, n_envs=1), seed=0)
+    info = model.pretrain(one_handed, PretrainConfig(samples=400, steps=200), progress_bar=False)
+    first, second = model.policy.transformer.action_scale.tolist()
+    rms = reach_expert(np.random.default_rng(0).uniform(-2, 2, (4_000, 3)))[:, 0]
+    assert first == pytest.approx(float(np.sqrt(np.mean(rms**2))), rel=0.1)
+    unbounded = rest if rest == 1e-12 else first  # small labels may be meant where nothing says what is large
+    assert second == pytest.approx(unbounded if bound == 1e30 else bound)
+    assert info.validation_rmse < 0.2 * max(first, second)
+    rows = np.random.default_rng(1).uniform(-1, 1, (60, 3)).astype(np.float32)
+    model.update(Sample(rows, np.full((60, 2), 0.5 * second)))
+    np.testing.assert_allclose(model.policy.predict_moments(rows).mean[:, 1], 0.5 * second, rtol=0.1)
 
 
 # ---------------------------------------------------------------------- updates

@@ -148,6 +148,61 @@ def test_bad_actions_change_nothing(actions: Any) -> None:
     np.testing.assert_array_equal(envs.state, before)
 
 
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("ignored", [math.nan, math.inf, -1e300, 99.0])
+def test_the_action_of_a_row_that_only_restarts_is_ignored(discrete: bool, ignored: float) -> None:
+    """Whatever it is; the others are held to the same rules as ever, and what they do is the same."""
+    env_id = f"kbt_rl/{'Discrete' if discrete else ''}InvertedPendulum-v0"
+    envs, twin = (gym.make_vec(env_id, num_envs=3, max_episode_steps=50) for _ in range(2))
+    for each in (envs, twin):
+        each.reset(seed=0, options={"state": np.array([[0, 0, 1.57, 5.0], [0, 0, 0, 0], [0, 0, -1.57, -5.0]])})
+    for step in range(6):
+        actions = np.ones(3) if discrete else np.full((3, 1), 0.25)
+        waiting = [0, 2] if step == 1 else []
+        plain = twin.step(actions.astype(np.int64) if discrete else actions)
+        actions[waiting] = ignored
+        found = envs.step(actions if waiting or not discrete else actions.astype(np.int64))
+        for one, other in zip(found[:4], plain[:4], strict=True):
+            np.testing.assert_array_equal(one, other)
+        if step == 0:
+            assert found[2].tolist() == [True, False, True]
+            before = envs.unwrapped.state
+            with pytest.raises(ValueError, match="action"):
+                envs.step(np.array([0, math.nan, 0]) if discrete else np.array([[0], [math.nan], [0]]))
+            with pytest.raises(ValueError, match="must have shape"):
+                envs.step(np.zeros((2, 1)))
+            np.testing.assert_array_equal(envs.unwrapped.state, before)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_an_episode_that_has_started_again_heeds_its_action(discrete: bool) -> None:
+    env_id = f"kbt_rl/{'Discrete' if discrete else ''}InvertedPendulum-v0"
+    for mode, steps in ((AutoresetMode.NEXT_STEP, 2), (AutoresetMode.SAME_STEP, 1)):
+        envs = gym.make_vec(env_id, num_envs=2, max_episode_steps=1, autoreset_mode=mode)
+        envs.reset(seed=0)
+        for _ in range(steps):
+            envs.step(np.zeros(2, dtype=np.int64) if discrete else np.zeros((2, 1)))
+        with pytest.raises(ValueError, match="action"):
+            envs.step(np.full(2, math.nan) if discrete else np.full((2, 1), math.nan))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda a: a + 1j, lambda a: a.astype(str), lambda a: a.astype(object), lambda a: np.ma.array(a, mask=True)],
+)
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_actions_that_are_no_real_numbers_are_refused(spoil: Any, discrete: bool, single: bool) -> None:
+    env_id = f"kbt_rl/{'Discrete' if discrete else ''}InvertedPendulum-v0"
+    env: Any = gym.make(env_id).unwrapped if single else gym.make_vec(env_id, num_envs=2)
+    env.reset(seed=0)
+    good = np.zeros(env.action_space.shape, dtype=np.int64 if discrete else np.float64)
+    message = "an action is a whole number" if discrete else "expected an array of real|could not convert it to real"
+    with pytest.raises((TypeError, ValueError), match=message):
+        env.step(spoil(good))
+    env.step(good)
+
+
 def test_nothing_returned_is_used_again() -> None:
     envs = InvertedPendulumVectorEnv(2)
     first, infos = envs.reset(options={"state": [0.0] * 4})

@@ -80,7 +80,11 @@ def test_only_the_missing_trial_is_run(tmp_path: Path) -> None:
     assert lost.read_text() == content
 
 
-@pytest.mark.parametrize("content", ["", "{}", "{", "[]", '{"rows": 1}', '{"rows": [[1]]}', "\0\0", '{"rows": [null]}'])
+BROKEN = ["", "{}", "{", "[]", '{"rows": 1}', '{"rows": [[1]]}', "\0\0", '{"rows": [null]}', "[" * 100_000, "3"]
+BROKEN += ['{"rows": [["s", "t", "m", Infinity, 0, 0, "x", 1]]}', '{"rows": [["s", "t", "m", NaN, 0, 0, "x", 1]]}']
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_file_is_named_before_anything_is_run(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +103,27 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_run(tmp_pat
         Store(tmp_path / "file", tmp_path / "models")
     with pytest.raises(OSError, match="file"):
         Store(tmp_path / "out", tmp_path / "file" / "models")
+
+
+@pytest.mark.parametrize("name", ["results.csv", "tables.md"])
+def test_a_table_that_cannot_be_written_is_found_before_anything_is_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=f"{name} is no file"):
+        Store(tmp_path, tmp_path / "models")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a zip", b"PK\x05\x06" + 18 * b"\0", None], ids=["empty", "text", "zip", "cut"]
+)
+def test_a_broken_policy_is_named(content: bytes | None, tmp_path: Path) -> None:
+    """And made again when it is deleted, as the message says."""
+    whole = tiny.run(tiny.plan(1), tmp_path).rows
+    (policy,) = (tmp_path / "models").glob("*.zip")
+    policy.write_bytes(policy.read_bytes()[:-50] if content is None else content)
+    with pytest.raises(RuntimeError, match=f"{policy.name} in the folder of the models is broken .*delete it"):
+        tiny.run(tiny.plan(2), tmp_path)
+    policy.unlink()
+    assert tiny.run(tiny.plan(2), tmp_path).rows[: len(whole)] == whole
 
 
 def test_a_result_tells_its_trial_and_the_versions(tmp_path: Path) -> None:

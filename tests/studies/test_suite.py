@@ -202,7 +202,8 @@ def test_the_report_writes_the_summary_and_a_picture(tmp_path: Path) -> None:
 def test_rivals_were_tuned_for_every_task() -> None:
     best = json.loads((Path(stored.__file__).parent / "tuned.json").read_text())
     assert set(best) == set(SUITE)
-    assert {tuple(sorted(names)) for names in best.values()} == {tuple(sorted(CANDIDATES))}
+    (names,) = {tuple(settings) for settings in best.values()}
+    assert {"warm start, memory 50", "Adam", "RLS"} <= set(names) <= set(CANDIDATES)
     for settings in best.values():
         for name, found in settings.items():
             assert found in [method.settings for method in CANDIDATES[name]]
