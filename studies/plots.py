@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from string import ascii_lowercase
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -53,9 +55,10 @@ class Look(NamedTuple):
         }  # fmt: skip
 
 
-# The first five lead the legend, the others end it.
+# The first six lead the legend, the others end it.
 _FIXED = {
     methods.DEFAULT.name: Look(VERMILION, width=3.2, order=5),
+    "kbt_rl": Look(VERMILION, marker="o", width=2.6, order=5),  # of the suite, which draws with this module
     methods.TWO_LAYERS.name: Look(BLUE, _DASHES[1], width=2.4, order=6),
     methods.ONE_LAYER.name: Look(GREEN, _DASHES[2], width=2.0, order=7),
     methods.EVERY_LAYER.name: Look(ORANGE, _DASHES[3], width=2.0, order=6.5),
@@ -76,12 +79,14 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
         for name, place, marker in zip(warm, np.linspace(0.12, 0.86, len(warm)), itertools.cycle(MARKERS), strict=False)
     }
     rest = [name for name in names if name not in _FIXED and name not in shades]
+    taken = {_FIXED[name].color for name in names if name in _FIXED}
+    free = [colour for colour in COLOURS if colour not in taken]
     others = {
-        name: Look(*look) for name, look in zip(rest, zip(*map(itertools.cycle, (COLOURS, _DASHES, MARKERS)),
+        name: Look(*look) for name, look in zip(rest, zip(*map(itertools.cycle, (free, _DASHES, MARKERS)),
                                                           strict=False), strict=False)
     }  # fmt: skip
     found, fixed = {**others, **_FIXED, **shades}, list(_FIXED)
-    return {name: found[name] for name in [*fixed[:5], *rest, *warm, *fixed[5:]] if name in names}
+    return {name: found[name] for name in [*fixed[:6], *rest, *warm, *fixed[6:]] if name in names}
 
 
 class Panel(NamedTuple):
@@ -185,10 +190,14 @@ class Picture(NamedTuple):
         figure = Figure(figsize=(WIDTH, self.height), dpi=DPI, layout="constrained")
         columns = self.columns or len(self.panels)
         grid = figure.subplots(-(-len(self.panels) // columns), columns, squeeze=False).flat
+        for left in grid[len(self.panels) :]:
+            left.remove()
         names = list(dict.fromkeys(name for panel in self.panels for name in panel.table.distinct(panel.by)))
         entries: dict[str, Any] = {}
-        for letter, axes, panel in zip("abcdefgh", grid, self.panels, strict=False):
+        for letter, axes, panel in zip(ascii_lowercase, grid, self.panels, strict=False):
             panel.draw(axes, looks(names))
+            if columns > 3:
+                axes.set_title(fill(panel.title, 18, break_long_words=False), fontsize=9.5)
             if len(self.panels) > 1:
                 axes.text(-0.015, 1.02, letter, transform=axes.transAxes, ha="right", weight="bold", size=11.5)
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

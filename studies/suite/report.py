@@ -102,11 +102,13 @@ def coverage(table: Table) -> Text:
 
 def picture(share: Table, shown: tuple[str, ...]) -> Picture:
     """Share against labels, a panel a task."""
-    words = {"ylabel": "share of the gap closed", "ylim": (-0.55, 1.2), "xscale": "log", "xlabel": "labels"}
-    panels = [
-        Panel(task, rows.where(method=[name for name in shown if name in rows.distinct("method")]), words,
-              middle=True, lines=(0.0, 1.0))
-        for task, rows in share.by("task").items()
-    ]  # fmt: skip
-    height = 3.0 * -(-len(panels) // 3) + 0.9
-    return Picture("policies", panels, height, columns=min(3, len(panels)))
+    counts = sorted(share.distinct("labels"))
+    ticks = [labels for labels in counts if labels in (20, 100, 200, 1000)]
+    words = {"ylim": (-0.45, 1.12), "xscale": "log", "xticks": ticks, "xticklabels": list(map(str, ticks))}
+    columns = min(4, len(share.by("task")))
+    panels = []
+    for place, (task, rows) in enumerate(share.by("task").items()):
+        drawn = rows.where(method=[name for name in shown if name in rows.distinct("method")])
+        named = {"xlabel": "labels"} | ({"ylabel": "share of the gap closed"} if place % columns == 0 else {})
+        panels.append(Panel(task, drawn, words | named, middle=True, lines=(0.0, 1.0)))
+    return Picture("policies", panels, 2.6 * -(-len(panels) // columns) + 0.6, columns=columns)
