@@ -44,6 +44,11 @@ def as_labeller(
     if callable(label):
         ask: Callable[[Array], Any] = label
     elif isinstance(expert, (BasePolicy, BaseAlgorithm)):
+        if is_recurrent(expert):
+            raise TypeError(
+                "a recurrent expert has to see every observation of an episode, not only those to be labelled; adapt() "
+                "can be taught by one where it goes, or run it yourself and pass its actions to update()"
+            )
         policy, normaliser = expert, normaliser_of(expert)
 
         def ask(observations: Array) -> Any:
@@ -88,17 +93,13 @@ def check_spaces(expert: object, observation_space: spaces.Space[Any], action_sp
             raise ValueError(f"the expert's {name} is {own}, the model's is {space}; it is an expert of another env")
 
 
-def normaliser_of(expert: BasePolicy | BaseAlgorithm) -> Normaliser | None:
-    """What an expert's observations go through, as far as its environment tells.
+def is_recurrent(expert: object) -> bool:
+    """Whether an expert is a policy with a state, which has to see every observation of an episode."""
+    return hasattr(expert.policy if isinstance(expert, BaseAlgorithm) else expert, "lstm_actor")
 
-    Raises:
-        TypeError: It is recurrent, and would have to see every observation of an episode.
-    """
-    if hasattr(expert.policy if isinstance(expert, BaseAlgorithm) else expert, "lstm_actor"):
-        raise TypeError(
-            "a recurrent expert has to see every observation of an episode, not only those to be labelled; run it "
-            "beside the policy yourself and pass its actions to update()"
-        )
+
+def normaliser_of(expert: BasePolicy | BaseAlgorithm) -> Normaliser | None:
+    """What an expert's observations go through, as far as its environment tells."""
     envs = expert.get_vec_normalize_env() if isinstance(expert, BaseAlgorithm) else None
     return None if envs is None else Normaliser.of(envs)
 

@@ -95,6 +95,12 @@ class OnlineAlgorithm(CheckpointedAlgorithm):
         """
 
     @property
+    def context(self) -> Context:
+        """Of the observations that the policy acts on next, once ``learn`` has begun."""
+        assert self._context is not None
+        return self._context
+
+    @property
     @abstractmethod
     def labels_used(self) -> int:
         """Labelled rows that the learner has learned from."""

@@ -69,7 +69,11 @@ class Labeller(NamedTuple):
     Attributes:
         ask: From observations ``(n, ...)`` to labels with a row for each, NaN where it has none.
         kind: What the labels are.
+        follow: Of an expert that has to see every observation: called at each step with those of all episodes
+            ``(n, ...)`` and which of them begin one ``(n,)``, it returns the labels of all. It takes the place of
+            ``ask``.
     """
 
     ask: Callable[[Any], Array]
     kind: LabelKind = "action"
+    follow: Callable[[Any, npt.NDArray[np.bool_]], Array] | None = None

@@ -12,13 +12,14 @@ from collections import deque
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from stable_baselines3.common.callbacks import BaseCallback
 
 from kbt_rl.agents import posteriors as several
 from kbt_rl.agents.bayesian import BayesianLearner, KBTInfo
 from kbt_rl.agents.experts import Expert, check_kind
 from kbt_rl.agents.online import OnlineAlgorithm
-from kbt_rl.agents.online_policy import Labeller
+from kbt_rl.agents.online_policy import Context, Labeller
 from kbt_rl.agents.sample import LearnerInfo, Sample
 from kbt_rl.arguments import flag, instance, whole
 from kbt_rl.callbacks.adaptation import AdaptationStrategy
@@ -40,8 +41,8 @@ class OnlineAdapter(BaseCallback):
             NaN means no label. With discrete actions it answers with actions ``(n,)`` or distributions over them
             ``(n, a)``. None if the stream brings labels.
         stream: ``"iid"`` (uniform in the label box, one label per environment step, as in the paper), ``"visited"``
-            (the states of the rollout), ``"uncertain"`` (the most uncertain of a pool of i.i.d. states), or a
-            ``SampleStream``. By default i.i.d. for the learners on this library's transformer, and for others every
+            (the states of the rollout, and the only one for a recurrent expert), ``"uncertain"`` (the most uncertain of
+            a pool of i.i.d. states), or a ``SampleStream``. By default i.i.d. for the learners on this library's transformer, and for others every
             fifth visited state.
         query: Which of the stream's rows are worth asking for, such as ``VarianceGate()``; all by default.
         budget: Labels to ask for at most over all runs with a model; None for no limit.
@@ -88,6 +89,7 @@ class OnlineAdapter(BaseCallback):
             check_kind(expert)
         self.expert, self.check_expert = expert, flag("check_expert", check_expert)
         self._labeller: Labeller | None = None
+        self._said: npt.NDArray[Any] | None = None  # labels of an expert that follows, of this step
 
     @property
     def asked(self) -> int:
@@ -120,10 +122,28 @@ class OnlineAdapter(BaseCallback):
         mine = self._progress if self._policy is self.model.policy else None
         self._progress = progress_of(self, f"{type(self).__name__} {type(self.stream).__name__}", self.model, mine)
         self._policy = self.model.policy
+        self._said = None
+        if self._follows and not isinstance(self.stream, VisitedStream):
+            raise ValueError("a recurrent teacher knows where it has been; use the stream 'visited' with it")
+
+    @property
+    def _follows(self) -> bool:
+        return self._labeller is not None and self._labeller.follow is not None
+
+    def _on_rollout_start(self) -> None:
+        if self._follows and self._said is None:
+            self._follow(self.model.context, np.ones(self.model.n_envs, dtype=bool))
+
+    def _follow(self, context: Context, begins: npt.NDArray[np.bool_]) -> None:
+        assert self._labeller is not None
+        assert self._labeller.follow is not None
+        self._said = np.asarray(self._labeller.follow(context.newest, begins))
 
     def _on_step(self) -> bool:
         progress = self._progress
         progress.step += 1
+        if self._follows:
+            self._follow(self.locals["context"], self.locals["dones"])
         try:
             batch = self.stream.next(self.model, self.locals)
             sample = None if batch is None else self._ask(batch)
@@ -155,7 +175,10 @@ class OnlineAdapter(BaseCallback):
         if target is None:
             assert self._labeller is not None
             kind = self._labeller.kind
-            labels = self._labeller.ask(batch.context.rows(wanted).newest)
+            if self._said is not None:
+                labels = self._said[wanted]
+            else:
+                labels = self._labeller.ask(batch.context.rows(wanted).newest)
             target = np.full((len(wanted), *labels.shape[1:]), np.nan)
             target[wanted] = labels
         return Sample(batch.context, target, None if wanted.all() else wanted, features, kind)

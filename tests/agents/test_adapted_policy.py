@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from learners import curve, events
 from sb3_contrib import ARS, QRDQN, TQC, TRPO, MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
@@ -24,7 +25,8 @@ from torch import nn
 
 from kbt_rl import AdaptedPolicy, Fallback, HeadConfig, KalmanAdapter, Sample, Teacher, adapt
 from kbt_rl.agents.adaptation import Adaptation
-from kbt_rl.callbacks import ReopenOnDetection, VarianceGate
+from kbt_rl.agents.bayesian import KBTInfo
+from kbt_rl.callbacks import IidStream, ReopenOnDetection, VarianceGate, VisitedStream
 from kbt_rl.networks.base import Call
 from kbt_rl.networks.sb3 import SB3Network
 
@@ -400,8 +402,44 @@ def test_a_teacher_that_was_trained_in_vec_normalize_sees_what_it_knows() -> Non
     policy = adapted(PPO("MlpPolicy", PENDULUM, seed=1))
     policy.learn(PENDULUM, 300, KalmanAdapter(model))
     assert abs(policy.predict(rows, deterministic=True)[0] - expected).mean() < 0.1
-    with pytest.raises(TypeError, match="a recurrent expert has to see every observation"):
-        Teacher(ALGORITHMS["RecurrentPPO"]())
+
+
+@pytest.mark.parametrize("learner", ["PPO", "SAC"])
+def test_a_recurrent_teacher_follows_every_episode(learner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    teacher = ALGORITHMS["RecurrentPPO"]()
+    seen: list[tuple[Any, Any]] = []
+    asked: list[Any] = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            seen.append((self.locals["new_obs"].copy(), self.locals["dones"].copy()))
+            return True
+
+    def update(self: Adaptation, sample: Any) -> Any:
+        asked.append((len(seen), np.array(sample.target), sample.kind))
+        return KBTInfo(labels=0, innovation=0.0)
+
+    monkeypatch.setattr(Adaptation, "update", update)
+    policy, envs = adapted(ALGORITHMS[learner]()), make_vec_env(PENDULUM, 2, wrapper_class=TimeLimit,
+                                                                wrapper_kwargs={"max_episode_steps": 7})  # fmt: skip
+    envs.seed(3)
+    first = envs.reset()
+    envs.seed(3)
+    policy.learn(envs, 40, [Watch(), KalmanAdapter(teacher, VisitedStream(3))])
+    state, begins, said = None, np.ones(2, dtype=bool), []
+    for observations, ends in [(first, begins), *seen]:
+        action, state = teacher.predict(observations, state, ends, deterministic=True)
+        said.append(action)
+    assert len(asked) == 6
+    for step, target, kind in asked:
+        assert kind == ("output" if learner == "PPO" else "action")
+        np.testing.assert_allclose(target if kind == "action" else np.clip(target, -2.0, 2.0), said[step], atol=1e-5)
+    assert any(ends.any() for _, ends in seen)
+    with pytest.raises(TypeError, match=r"a recurrent teacher has to see every observation .*lets it"):
+        Teacher(teacher)(first)
+    with pytest.raises(ValueError, match="use the stream 'visited' with it"):
+        policy.learn(envs, 4, KalmanAdapter(teacher, IidStream(spaces.Box(-1.0, 1.0, (3,)))))
 
 
 def test_a_policy_from_vec_normalize_takes_raw_observations(tmp_path: Path) -> None:
