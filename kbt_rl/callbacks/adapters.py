@@ -42,8 +42,8 @@ class OnlineAdapter(BaseCallback):
             ``(n, a)``. None if the stream brings labels.
         stream: ``"iid"`` (uniform in the label box, one label per environment step, as in the paper), ``"visited"``
             (the states of the rollout, and the only one for a recurrent expert), ``"uncertain"`` (the most uncertain of
-            a pool of i.i.d. states), or a ``SampleStream``. By default i.i.d. for the learners on this library's transformer, and for others every
-            fifth visited state.
+            a pool of i.i.d. states), or a ``SampleStream``. By default i.i.d. for the learners on this library's
+            transformer, and for others every fifth visited state.
         query: Which of the stream's rows are worth asking for, such as ``VarianceGate()``; all by default.
         budget: Labels to ask for at most over all runs with a model; None for no limit.
         delay: Steps that a label takes. 0: before the policy acts in the state that was labelled; 1: just after.
