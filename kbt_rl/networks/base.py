@@ -13,7 +13,6 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from kbt_rl.inference.checks import as_array
 from kbt_rl.networks.links import ActionLink, LinkName
 from kbt_rl.networks.tap import untapped
 
@@ -146,7 +145,10 @@ def finite(observation: Any) -> Any:
     """
     parts = observation.items() if isinstance(observation, dict) else [("observation", observation)]
     for name, values in parts:
-        array = as_array(values, name)
+        array = np.asanyarray(values)
+        if isinstance(array, np.ma.MaskedArray) or array.dtype.kind not in "fiub":
+            found = "a masked array" if isinstance(array, np.ma.MaskedArray) else f"of {array.dtype}"
+            raise TypeError(f"{name} is {found}; expected real numbers")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} holds NaN or infinity: {array[~np.isfinite(array)][:3]}; check the sensor")
     return observation
