@@ -103,7 +103,7 @@ def coverage(table: Table) -> Text:
 def picture(share: Table, shown: tuple[str, ...]) -> Picture:
     """Share against labels, a panel a task."""
     counts = sorted(share.distinct("labels"))
-    ticks = [labels for labels in counts if labels in (20, 100, 200, 1000)]
+    ticks = [labels for labels in counts if labels in (20, 100, 200, 1000)] or counts
     words = {"ylim": (-0.45, 1.12), "xscale": "log", "xticks": ticks, "xticklabels": list(map(str, ticks))}
     columns = min(4, len(share.by("task")))
     panels = []
