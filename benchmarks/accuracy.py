@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from benchmarks.peers import Head, Peer, peers
 from kbt_rl.agents.kbt import KBT
-from kbt_rl.agents.lqr import lqr_gain
+from kbt_rl.agents.lqr_gain import lqr_gain
 from kbt_rl.agents.prior_choice import prior_grid
 from kbt_rl.envs.plant import LABEL_BOX, SHIFTED
 from kbt_rl.inference.config import HeadConfig

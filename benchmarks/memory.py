@@ -13,24 +13,26 @@ _PROCESS = Path("/proc/self")
 
 
 def peak_growth(call: Callable[[], Any], tries: int = 2) -> float:
-    """Bytes by which the resident memory of this process grows at most during a call; the smallest of some tries.
+    """Bytes by which the resident memory of this process grows at most during a call, more than during none.
+
+    Of both the smallest of some tries counts, as other threads and pages that are read back make one larger. The first
+    call is not measured: it may give memory back.
 
     Free memory is given back to the system before, so that whatever the call allocates is seen, by Python, NumPy,
-    PyTorch, BLAS or machine code. It is exact to a few pages of 4 kB, and NaN where the system is not Linux.
+    PyTorch, BLAS or machine code. It is exact to a few pages of 4 kB where no other thread of the process is at work,
+    and NaN where the system is not Linux.
     """
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):
         return math.nan
-    smallest = math.inf
     gc.collect()
-    for _ in range(tries):
-        try:
-            own, nothing = _growth(call, trim), _growth(_nothing, trim)
-        except OSError:
-            return math.nan
-        smallest = min(smallest, max(own - nothing, 0.0))
-    return smallest
+    try:
+        _growth(call, trim)
+        own, nothing = (min(_growth(each, trim) for _ in range(tries)) for each in (call, _nothing))
+    except OSError:
+        return math.nan
+    return max(own - nothing, 0.0)
 
 
 def _nothing() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from kbt_rl.agents.bayesian import KBTInfo
 from kbt_rl.agents.kbt import KBT
-from kbt_rl.agents.lqr import lqr_gain
+from kbt_rl.agents.lqr_gain import lqr_gain
 from kbt_rl.agents.sample import Sample
 from kbt_rl.agents.transformer_policy import TransformerPolicy
 from kbt_rl.callbacks.adaptation import AdaptationStrategy, Forgetting, ProcessNoise, ReopenOnDetection, TowardsPrior

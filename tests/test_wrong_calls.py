@@ -32,7 +32,7 @@ from kbt_rl.agents.behaviour_cloning import PretrainConfig
 from kbt_rl.agents.identification import SelfTuningLQR
 from kbt_rl.agents.levels import ForceLevels
 from kbt_rl.agents.linear_model import pendulum_prior
-from kbt_rl.agents.lqr import lqr_gain
+from kbt_rl.agents.lqr_gain import lqr_gain
 from kbt_rl.arguments import between, choice, flag, number, seed, whole
 from kbt_rl.callbacks import (
     Forgetting,

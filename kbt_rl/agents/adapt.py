@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, 
 from torch import Tensor, nn
 
 from kbt_rl.agents.adapted_policy import AdaptedPolicy
-from kbt_rl.agents.tapped_policy import Head, Start
+from kbt_rl.agents.tapped_policy import Head, Start, arrays
 from kbt_rl.arguments import choice, instance, shown, whole
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
@@ -156,8 +156,8 @@ def _nominal(network: Network, tap: Tap, states: Any, normaliser: Normaliser | N
     """Features of nominal states ``(n, d)``."""
     if isinstance(states, (gym.Env, VecEnv)):
         return _collected(network, tap, states, normaliser)
-    array: Any = {name: np.asarray(value) for name, value in states.items()} if isinstance(states, dict) else states
-    call = Call(finite(array if normaliser is None else normaliser(array)))
+    numbers = arrays(states)
+    call = Call(finite(numbers if normaliser is None else normaliser(numbers)))
     return network.rows(tap.hear(lambda: network.run(call)).features).double()
 
 

@@ -19,7 +19,8 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from kbt_rl.agents.linear_model import LinearModelPosterior, continuous_model, pendulum_prior
-from kbt_rl.agents.lqr import LQRExpert, check_force_cost, check_state_cost, stabilising_gain
+from kbt_rl.agents.lqr import LQRExpert
+from kbt_rl.agents.lqr_gain import check_force_cost, check_state_cost, stabilising_gain
 from kbt_rl.arguments import number
 from kbt_rl.envs.inverted_pendulum import real_array
 from kbt_rl.envs.plant import DT, FloatArray

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kbt_rl.agents.actions import ActionFormat
-from kbt_rl.arguments import instance, shown
+from kbt_rl.arguments import shown
 from kbt_rl.inference.checks import as_array
 from kbt_rl.models.context import ContextWindow
 from kbt_rl.networks.links import LabelKind
@@ -80,7 +80,8 @@ def labelled(policy: TransformerPolicy, sample: Sample) -> Labelled:
     Raises:
         ValueError: Wrong shape, an infinite label, one that is NaN in part, or a labelled state that is no observation.
     """
-    instance("sample", sample, Sample, "Sample(context, target)")
+    if not isinstance(sample, Sample):
+        raise TypeError(f"sample is {shown(sample)}; expected a Sample(context, target)")
     if not isinstance(sample.kind, str) or sample.kind != "action":
         raise ValueError(f"kind is {shown(sample.kind)}; this policy learns from labels of the kind 'action'")
     context, size = sample.context, policy.action_size
@@ -95,8 +96,8 @@ def labelled(policy: TransformerPolicy, sample: Sample) -> Labelled:
     rows = _labelled_rows(target, count, size)
     features, whole = sample.features, len(rows) == count
     shape = count, policy.feature_size
-    if features is not None:
-        instance("features", features, Tensor, "policy.encode(context)")
+    if features is not None and not isinstance(features, Tensor):
+        raise TypeError(f"features is {shown(features)}; expected the Tensor of policy.encode(context)")
     if features is not None and features.shape != shape:
         raise ValueError(f"features have shape {tuple(features.shape)}; expected {shape}, one row a context")
     if not isinstance(context, ContextWindow):

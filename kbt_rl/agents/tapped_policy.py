@@ -75,6 +75,18 @@ class Glimpse(NamedTuple):
         return Glimpse(newest, self.features[picked], None)
 
 
+def arrays(observation: Any) -> Any:
+    """Observations as arrays.
+
+    Raises:
+        TypeError: They are not real numbers, or masked.
+        ValueError: Their rows differ in length.
+    """
+    if isinstance(observation, dict):
+        return {name: as_array(values, f"observation[{name!r}]") for name, values in observation.items()}
+    return as_array(observation, "observation")
+
+
 class TappedPolicy:
     """A frozen policy whose last linear layer is a Gaussian posterior: it acts, predicts and learns.
 
@@ -289,9 +301,8 @@ class TappedPolicy:
     def _normalised(self, observation: Any) -> Any:
         if isinstance(observation, dict) != isinstance(self.observation_space, spaces.Dict):
             raise TypeError(f"the observation is {shown(observation)}; expected one of {self.observation_space}")
-        if not isinstance(observation, dict):
-            as_array(observation, "observation")
-        return finite(observation if self.normaliser is None else self.normaliser(observation))
+        numbers = arrays(observation)
+        return finite(numbers if self.normaliser is None else self.normaliser(numbers))
 
     def _deviation(self, features: Tensor) -> Array:
         variance = self.head.epistemic_variance(features)

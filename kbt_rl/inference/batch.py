@@ -16,7 +16,6 @@ from kbt_rl.inference.density import LOG_TWO_PI
 from kbt_rl.inference.engines import registry as engines
 from kbt_rl.inference.head import BayesianHead, HeadKind, Plan
 from kbt_rl.inference.history import History, Record, moves_to_keep
-from kbt_rl.inference.likelihoods.base import Link
 from kbt_rl.inference.prediction import Prediction
 from kbt_rl.inference.transactions import replace_buffers, signals_deferred
 from kbt_rl.inference.types import Gaussian, HeadState, Rows, UpdateInfo
@@ -117,6 +116,7 @@ class HeadBatch(WholeModule):
         if len(kinds) > 1:
             raise ValueError(f"the heads of a batch must be of one kind; got {len(kinds)} sizes or configurations")
         self.kind: HeadKind = given[0].kind
+        self.link, self.plain_noise = self.kind.rule.link, self.kind.config.plain_noise
         limit = self.kind.config.history
         self._history = History(limit, len(given)) if limit else None
         copies = [head.copied_buffers() for head in given]
@@ -364,16 +364,6 @@ class HeadBatch(WholeModule):
     def flexible(self) -> frozenset[str]:
         """See ``WholeModule``."""
         return frozenset(self.kind.cov_names)
-
-    @property
-    def link(self) -> Link:
-        """Link of the output rule."""
-        return self.kind.rule.link
-
-    @property
-    def plain_noise(self) -> bool:
-        """Whether the label noise is known and Gaussian."""
-        return self.kind.config.plain_noise
 
     def _fresh(self) -> dict[str, Any]:
         return {"_history": None if self._history is None else self._history.fresh(), "_engine": None}

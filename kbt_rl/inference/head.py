@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kbt_rl.inference import checks, network
+from kbt_rl.inference import checks, each_output, network
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.engines import registry as engines
@@ -150,7 +150,7 @@ class HeadKind(Kind):
             if each:
                 noise = noise_cov.diagonal() if own is None else own[0]
                 active = self.config.active_probability
-                step = network.increment_each(state, rows, target, self.rule, noise, belief, weights, active)
+                step = each_output.increment(state, rows, target, self.rule, noise, belief, weights, active)
             else:
                 noise = noise_cov if own is None else torch.diag_embed(own)
                 step = network.increment(state, rows, target, self.rule, noise, belief, weights, propagate)

@@ -25,10 +25,9 @@ from torch.nn import functional
 
 from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.errors import UpdateError
-from kbt_rl.inference.likelihoods.base import Conditioning, EachConditioning, Likelihood
+from kbt_rl.inference.likelihoods.base import Conditioning, Likelihood
 from kbt_rl.inference.moments import relu_moments
 from kbt_rl.inference.noise.base import huge_values_refused
-from kbt_rl.inference.noise.conjugate import ConjugateNoise
 from kbt_rl.inference.noise.learned import NoiseModel
 from kbt_rl.inference.noise.registry import NoiseBelief
 from kbt_rl.inference.types import Gaussian, HeadState, Increment, Jacobian, NoiseEstimate, Part, UpdateInfo
@@ -216,52 +215,6 @@ def increment(
     return Increment(mean_step, moves, info, learned, len(target))
 
 
-def increment_each(
-    state: HeadState,
-    features: Tensor,
-    target: Tensor,
-    likelihood: Likelihood,
-    noise: Tensor,
-    belief: NoiseBelief | None = None,
-    weights: Tensor | None = None,
-    active: float = 0.0,
-) -> Increment:
-    """``increment`` for one row of a single layer with independent outputs, in time linear in their number.
-
-    Args:
-        state: The posterior, of a structure with ``independent_outputs``.
-        features: ``(1, d)``.
-        target: ``(1, o)``.
-        likelihood: With ``each``.
-        noise: Variance of each label, ``(o,)``.
-        belief: Where the noise is learned in closed form, its model and estimate; ``noise`` is then not used.
-        weights: See ``increment``.
-        active: With the softmax link, the probability up to which a class that is not the label's keeps its covariance.
-    """
-    structure, inputs, label = STRUCTURES[state.spec.structure], augment(features), target[0]
-    mean, variance = weights_of(state)[0] @ inputs[0], structure.output_variances(state, inputs)[0]
-    if likelihood.link == "identity":
-        check_digits(state, inputs[0], variance + noise, label)
-    learned = None
-    if belief is not None:
-        assert isinstance(belief.model, ConjugateNoise)
-        group = state.cov[1]
-        judged = belief.model.judge_each(label - mean, variance, group, belief.estimate)
-        answer, learned = judged.answer, judged.estimate
-        noise, variance, dof = judged.scale, variance * judged.scale, judged.dof
-    else:
-        found = likelihood.each(mean, variance, label, noise, active)
-        if found is None:
-            raise ValueError(f"{type(likelihood).__name__} conditions on all outputs jointly; use structure='neuron'")
-        answer, dof = found, math.inf
-    info = _described_each(answer, variance, noise, label, weights, dof)
-    if likelihood.link == "identity" and math.isinf(dof):
-        check_distance(info.nis, info.labels)
-    mean_step, moves = structure.output_step(state, inputs[0], answer.mean_step, answer.noise)
-    check_step(float(mean_step.sum()), info)
-    return Increment(mean_step, moves, info, learned)
-
-
 def apply(state: HeadState, step: Increment) -> HeadState:
     """The posterior after an increment; new tensors, so that nothing has changed if this fails."""
     cov = STRUCTURES[state.spec.structure].apply(state.cov, step.moves)
@@ -379,28 +332,6 @@ def _described(
         predictive_variance=epistemic + float((noise.diagonal().view_as(target) * share).sum()) / labels,
         labels=labels,
         log_density=float(answer.log_density),
-        log_ratio=answer.log_ratio,
-    )
-
-
-def _described_each(
-    answer: EachConditioning, variance: Tensor, noise: Tensor, label: Tensor, weights: Tensor | None, dof: float
-) -> UpdateInfo:
-    """The same for independent outputs."""
-    given = ~torch.isnan(label)
-    share = given.to(variance) if weights is None else given * weights
-    labels = int(given.sum())
-    if not labels:
-        raise ValueError("no entry of the target has a label")
-    epistemic = float(variance @ share) / labels
-    return UpdateInfo(
-        innovation=math.sqrt(float(answer.innovation.square() @ share) / labels),
-        nis=float(answer.nis),
-        epistemic_variance=epistemic,
-        predictive_variance=epistemic + float(noise @ share) / labels,
-        labels=labels,
-        log_density=float(answer.log_density),
-        dof=dof,
         log_ratio=answer.log_ratio,
     )
 

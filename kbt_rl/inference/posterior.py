@@ -20,7 +20,7 @@ from kbt_rl.inference.covariance.registry import STRUCTURES
 from kbt_rl.inference.forgetting import FORGETTING, reopened
 from kbt_rl.inference.history import History
 from kbt_rl.inference.kind import Kind
-from kbt_rl.inference.likelihoods.base import Likelihood, Link
+from kbt_rl.inference.likelihoods.base import Likelihood
 from kbt_rl.inference.prior import prior_means
 from kbt_rl.inference.transactions import replace_buffers
 from kbt_rl.inference.types import HeadSpec, HeadState, NoiseEstimate, Tensors
@@ -32,6 +32,10 @@ class Posterior(WholeModule):
 
     Args:
         kind: Sizes and configuration.
+
+    Attributes:
+        link: Of the output rule.
+        plain_noise: Whether the label noise is known and Gaussian.
     """
 
     mean: Tensor
@@ -46,7 +50,7 @@ class Posterior(WholeModule):
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.link, self.plain_noise = kind, kind.rule.link, kind.config.plain_noise
         self._history = History(self.config.history) if self.config.history else None
         for name, value in self.kind.tensors().items():
             self.register_buffer(name, value)
@@ -60,16 +64,6 @@ class Posterior(WholeModule):
     def spec(self) -> HeadSpec:
         """Layers and structure."""
         return self.kind.spec
-
-    @property
-    def link(self) -> Link:
-        """Link of the output rule."""
-        return self.kind.rule.link
-
-    @property
-    def plain_noise(self) -> bool:
-        """Whether the label noise is known and Gaussian."""
-        return self.kind.config.plain_noise
 
     @property
     def rule(self) -> Likelihood:

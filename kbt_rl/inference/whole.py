@@ -7,6 +7,7 @@ the weights of a mixture.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from kbt_rl.inference.transactions import register_writer, signals_deferred
 Self = TypeVar("Self", bound="WholeModule")
 
 
-class WholeModule(nn.Module):
+class WholeModule(nn.Module, ABC):
     """Buffers that keep their dtype, whatever the rest of a model is cast to.
 
     The lock is held while they change, and by whoever reads several of them.
@@ -46,9 +47,9 @@ class WholeModule(nn.Module):
         with self._lock:
             return {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)}
 
+    @abstractmethod
     def check_saved(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise RuntimeError unless what is saved under ``prefix`` can be the buffers of this module."""
-        raise NotImplementedError
 
     def flexible(self) -> frozenset[str]:
         """Buffers whose shape what is loaded decides, as far as ``check_saved`` lets it."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from studies.rivals.base import Start
-from studies.rivals.last_layer import FloatArray, LastLayer
+from studies.rivals.last_layer import FloatArray, LastLayer, measured
 
 
 class LastLayerLaplace(LastLayer):
     """Mode, then ``precision <- precision + J' H J`` (Daxberger et al. 2021, arXiv:2106.14806, as in laplace-torch).
 
     With a linear layer and Gaussian labels ``J`` is the features and ``H = 1 / noise``: the posterior is exact, and one
-    Newton step finds its mode. Kept is the inverse of the precision, by the Sherman-Morrison formula. The prior is
+    Newton step finds its mode. Kept is the inverse of the precision. The prior is
     isotropic, around the trained layer.
 
     Note:
@@ -32,6 +30,4 @@ class LastLayerLaplace(LastLayer):
         self, mean: FloatArray, spread: FloatArray, features: FloatArray, label: float
     ) -> tuple[FloatArray, FloatArray]:
         """See ``LastLayer``."""
-        projected = spread @ features
-        newton = projected / (self.noise_variance + features @ projected)  # the new covariance times J' H
-        return mean + newton * (label - mean @ features), spread - np.outer(newton, projected)
+        return measured(mean, spread, features, label, self.noise_variance)

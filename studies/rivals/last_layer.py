@@ -14,6 +14,15 @@ from studies.rivals.base import DivergedError, Rival, Start
 FloatArray = npt.NDArray[np.float64]
 
 
+def measured(
+    mean: FloatArray, spread: FloatArray, features: FloatArray, label: float, noise: float
+) -> tuple[FloatArray, FloatArray]:
+    """Mean and covariance of Gaussian weights after a label with noise of this variance (Sherman and Morrison)."""
+    projected = spread @ features
+    gain = projected / (noise + features @ projected)
+    return mean + gain * (label - mean @ features), spread - np.outer(gain, projected)
+
+
 class LastLayer(Rival):
     """A closed form for weights and bias of the last layer, each output on its own, in NumPy and float64.
 

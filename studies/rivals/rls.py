@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from studies.rivals.base import Start
-from studies.rivals.last_layer import FloatArray, LastLayer
+from studies.rivals.last_layer import FloatArray, LastLayer, measured
 
 
 class RecursiveLeastSquares(LastLayer):
@@ -28,7 +26,5 @@ class RecursiveLeastSquares(LastLayer):
         self, mean: FloatArray, spread: FloatArray, features: FloatArray, label: float
     ) -> tuple[FloatArray, FloatArray]:
         """See ``LastLayer``."""
-        projected = spread @ features
-        gain = projected / (self.forgetting + features @ projected)
-        new: FloatArray = spread - np.outer(gain, projected)
-        return mean + gain * (label - mean @ features), new / self.forgetting
+        new, left = measured(mean, spread, features, label, self.forgetting)
+        return new, left / self.forgetting

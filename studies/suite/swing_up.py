@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from kbt_rl.agents.lqr import lqr_gain
+from kbt_rl.agents.lqr_gain import lqr_gain
 from kbt_rl.envs.motion import accelerations
 from kbt_rl.envs.plant import DT, InvertedPendulumParams, rk4_step
 

@@ -5,6 +5,7 @@ A new task is an entry here and two files that ``python -m studies.suite.train``
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,18 +20,14 @@ Role = Literal["nominal", "teacher"]
 
 
 @dataclass(frozen=True)
-class SuiteTask:
+class SuiteTask(ABC):
     """A world that changes under a trained policy.
 
     Attributes:
-        env_id: Of Gymnasium; empty for another world.
-        shift: Parameters of ``DynamicsShift`` and their new values.
         policies: Files, without their endings, of the policy that was trained before the change and of its teacher.
         steps: Longest episode.
     """
 
-    env_id: str
-    shift: Mapping[str, float]
     policies: Mapping[Role, str]
     steps: int
 
@@ -41,9 +38,29 @@ class SuiteTask:
 
     def env(self, *, shifted: bool = True, steps: int | None = None) -> gym.Env[Any, Any]:
         """The world after the change, or before it; with episodes of other lengths if asked for."""
+        return TimeLimit(self.world(shifted), steps or self.steps)
+
+    @abstractmethod
+    def world(self, shifted: bool) -> gym.Env[Any, Any]:
+        """The same without a time limit."""
+
+
+@dataclass(frozen=True)
+class GymTask(SuiteTask):
+    """A world of Gymnasium.
+
+    Attributes:
+        env_id: Its id.
+        shift: Parameters of ``DynamicsShift`` and their new values.
+    """
+
+    env_id: str
+    shift: Mapping[str, float]
+
+    def world(self, shifted: bool) -> gym.Env[Any, Any]:
+        """See ``SuiteTask``."""
         env = gym.make(self.env_id, max_episode_steps=-1, disable_env_checker=True).unwrapped
-        changed: gym.Env[Any, Any] = DynamicsShift(env, self.shift) if shifted else env
-        return TimeLimit(changed, steps or self.steps)
+        return DynamicsShift(env, self.shift) if shifted else env
 
 
 class SwingUpTask(SuiteTask):
@@ -54,9 +71,9 @@ class SwingUpTask(SuiteTask):
         """See ``SuiteTask``."""
         return SwingUpExpert(LONG_POLE)
 
-    def env(self, *, shifted: bool = True, steps: int | None = None) -> gym.Env[Any, Any]:
+    def world(self, shifted: bool) -> gym.Env[Any, Any]:
         """See ``SuiteTask``."""
-        return TimeLimit(SwingUp(LONG_POLE if shifted else NOMINAL), steps or self.steps)
+        return SwingUp(LONG_POLE if shifted else NOMINAL)
 
 
 def _own(name: str) -> dict[Role, str]:
@@ -68,18 +85,18 @@ _M15 = {"m": 1.5}
 _WEAK_SHINS = {"gear.bshin": 0.2, "gear.fshin": 0.2}
 #: The tasks by name.
 SUITE: dict[str, SuiteTask] = {
-    "CartPole": SuiteTask("CartPole-v1", {"length": 3.0}, _own("cartpole"), 500),
-    "Pendulum, PPO": SuiteTask("Pendulum-v1", _M15, _own("pendulum-ppo"), 200),
-    "Pendulum, SAC": SuiteTask("Pendulum-v1", {"g": 15.0}, _own("pendulum-sac"), 200),
-    "Pendulum, SAC teaches PPO": SuiteTask(
-        "Pendulum-v1", _M15, {"nominal": "pendulum-ppo-nominal", "teacher": "pendulum-heavy-sac"}, 200
+    "CartPole": GymTask(_own("cartpole"), 500, "CartPole-v1", {"length": 3.0}),
+    "Pendulum, PPO": GymTask(_own("pendulum-ppo"), 200, "Pendulum-v1", _M15),
+    "Pendulum, SAC": GymTask(_own("pendulum-sac"), 200, "Pendulum-v1", {"g": 15.0}),
+    "Pendulum, SAC teaches PPO": GymTask(
+        {"nominal": "pendulum-ppo-nominal", "teacher": "pendulum-heavy-sac"}, 200, "Pendulum-v1", _M15
     ),
-    "InvertedPendulum": SuiteTask("InvertedPendulum-v5", {"gear": 5.0}, _own("inverted-pendulum"), 1000),
-    "InvertedDoublePendulum": SuiteTask(
-        "InvertedDoublePendulum-v5", {"mass.pole2": 10.0}, _own("inverted-double-pendulum"), 1000
+    "InvertedPendulum": GymTask(_own("inverted-pendulum"), 1000, "InvertedPendulum-v5", {"gear": 5.0}),
+    "InvertedDoublePendulum": GymTask(
+        _own("inverted-double-pendulum"), 1000, "InvertedDoublePendulum-v5", {"mass.pole2": 10.0}
     ),
-    "HalfCheetah, policy 0": SuiteTask("HalfCheetah-v5", _WEAK_SHINS, _own("half-cheetah-0"), 300),
-    "HalfCheetah, policy 1": SuiteTask("HalfCheetah-v5", _WEAK_SHINS, _own("half-cheetah-1"), 300),
-    "Swing-up": SwingUpTask("", {}, {"nominal": "swing-up-nominal"}, 500),
-    "Reacher": SuiteTask("Reacher-v5", {"gear.0": -1.0}, _own("reacher"), 50),
+    "HalfCheetah, policy 0": GymTask(_own("half-cheetah-0"), 300, "HalfCheetah-v5", _WEAK_SHINS),
+    "HalfCheetah, policy 1": GymTask(_own("half-cheetah-1"), 300, "HalfCheetah-v5", _WEAK_SHINS),
+    "Swing-up": SwingUpTask({"nominal": "swing-up-nominal"}, 500),
+    "Reacher": GymTask(_own("reacher"), 50, "Reacher-v5", {"gear.0": -1.0}),
 }  # fmt: skip

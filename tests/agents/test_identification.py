@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from kbt_rl import KalmanAdapter, LQRExpert
 from kbt_rl.agents.identification import SelfTuningLQR, Solution, riccati_gain
 from kbt_rl.agents.linear_model import LinearModelPosterior, discrete_rates, pendulum_prior
-from kbt_rl.agents.lqr import lqr_gain
+from kbt_rl.agents.lqr_gain import lqr_gain
 from kbt_rl.callbacks import IdentificationCallback
 from kbt_rl.envs import DT, NOMINAL, SHIFTED, InvertedPendulumParams, linearize, rk4_step
 from kbt_rl.envs.sb3_vec_env import InvertedPendulumSB3VecEnv

@@ -20,7 +20,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import kbt_rl  # noqa: F401  (registers the environments)
 from kbt_rl.agents import lqr
-from kbt_rl.agents.lqr import LQRExpert, lqr_gain
+from kbt_rl.agents import lqr_gain as lqr_gains
+from kbt_rl.agents.lqr import LQRExpert
+from kbt_rl.agents.lqr_gain import lqr_gain
 from kbt_rl.envs import NOMINAL, SHIFTED, InvertedPendulumParams, InvertedPendulumVectorEnv, linearize
 from kbt_rl.envs.sb3_vec_env import InvertedPendulumSB3VecEnv
 
@@ -105,7 +107,7 @@ def test_no_stabilising_gain() -> None:
 
 def test_plant_that_cannot_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     A, B = linearize(NOMINAL)
-    monkeypatch.setattr(lqr, "linearize", lambda params: (A, 0 * B))
+    monkeypatch.setattr(lqr_gains, "linearize", lambda params: (A, 0 * B))
     with pytest.raises(ValueError, match="stabilis"):
         lqr_gain(NOMINAL)
 

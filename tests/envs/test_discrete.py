@@ -16,7 +16,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 import kbt_rl  # noqa: F401  (registers the environments)
 from kbt_rl.agents.levels import ForceLevels
-from kbt_rl.agents.lqr import LQRExpert, lqr_gain
+from kbt_rl.agents.lqr import LQRExpert
+from kbt_rl.agents.lqr_gain import lqr_gain
 from kbt_rl.envs import FIVE_FORCES, NOMINAL, SHIFTED, TWO_FORCES
 from kbt_rl.envs.sb3_vec_env import InvertedPendulumSB3VecEnv
 

@@ -15,7 +15,7 @@ from conftest import STRUCTURES, dense, linear, randn, random_cov, smallest_eige
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kbt_rl.inference import network
+from kbt_rl.inference import each_output, network
 from kbt_rl.inference.config import HeadConfig
 from kbt_rl.inference.head import BayesianHead
 from kbt_rl.inference.prediction import Prediction
@@ -267,7 +267,7 @@ def test_a_head_in_place_of_the_last_layer_has_the_same_cross_entropy(rule: str,
 @pytest.mark.parametrize("rule", ["laplace", "fisher"])
 @pytest.mark.parametrize("sure", [0.0, 30.0])
 def test_one_row_of_independent_classes_is_the_joint_update(structure: str, rule: str, sure: float) -> None:
-    """``increment_each`` against the full covariance of all classes: mean step, blocks of the covariance, record."""
+    """``each_output.increment`` against the full covariance of all classes: mean step, covariance blocks, record."""
     head = make_head(5, layers=1, structure=structure, rule=rule)
     with torch.no_grad():
         head.mean[FEATURES] += sure  # the bias of the first class
@@ -554,7 +554,7 @@ def test_the_head_is_the_definition_in_its_own_units(structure: str, layers: int
     each = layers == 1 and structure in ("neuron", "diagonal", "shared", "rotated")
     for row, label in zip(features.split(1), target.split(1), strict=True):
         if each:
-            step = network.increment_each(state, row @ turn, label, head.rule, noise.diagonal())
+            step = each_output.increment(state, row @ turn, label, head.rule, noise.diagonal())
         else:
             step = network.increment(state, row @ turn, label, head.rule, noise)
         info, state = head.update(row, label), network.apply(state, step)

@@ -259,39 +259,24 @@ def test_each_setting_runs(method: Any) -> None:
 # ---------------------------------------------------------------------- each against a second derivation
 
 
-def test_without_forgetting_recursive_least_squares_is_ridge_regression() -> None:
-    learner = make("RLS", forgetting=1.0, delta=0.7)
+@pytest.mark.parametrize(("name", "settings", "noise", "forgetting"), [
+    ("RLS", {"forgetting": 1.0, "delta": 0.7}, 1.0, 1.0),
+    ("RLS", {"forgetting": 0.9, "delta": 0.7}, 1.0, 0.9),
+    ("Laplace", {"prior_variance": 0.7 * 0.05, "noise_variance": 0.05}, 0.05, 1.0),
+])  # fmt: skip
+def test_a_closed_form_is_ridge_regression_on_labels_weighed_by_their_age(
+    name: str, settings: dict[str, float], noise: float, forgetting: float
+) -> None:
+    learner = make(name, **settings)
     rows = samples(learner)
     features, labels, layer = known(learner, rows)
     for row in rows:
         learner.update(row)
-    normal = features.T @ features + np.eye(17) / 0.7
-    wanted = layer + np.linalg.solve(normal, features.T @ (labels - features @ layer.T)).T
-    np.testing.assert_allclose(learner.mean, wanted, atol=1e-5)
-
-
-def test_forgetting_weighs_labels_by_their_age() -> None:
-    learner = make("RLS", forgetting=0.9, delta=0.7)
-    rows = samples(learner)
-    features, labels, layer = known(learner, rows)
-    for row in rows:
-        learner.update(row)
-    weights = 0.9 ** np.arange(29, -1, -1.0)
-    normal = (features.T * weights) @ features + 0.9**30 * np.eye(17) / 0.7
-    wanted = layer + np.linalg.solve(normal, (features.T * weights) @ (labels - features @ layer.T)).T
-    np.testing.assert_allclose(learner.mean, wanted, atol=1e-4)
-
-
-def test_laplace_is_ridge_regression() -> None:
-    learner = make("Laplace", prior_variance=0.3, noise_variance=0.05)
-    rows = samples(learner)
-    features, labels, layer = known(learner, rows)
-    for row in rows:
-        learner.update(row)
-    precision = features.T @ features / 0.05 + np.eye(17) / 0.3
-    wanted = layer + np.linalg.solve(precision, features.T @ (labels - features @ layer.T) / 0.05).T
-    np.testing.assert_allclose(learner.mean, wanted, atol=1e-5)
-    np.testing.assert_allclose(np.linalg.inv(learner.spread[1]), precision, atol=1e-4)
+    weights = forgetting ** np.arange(29, -1, -1.0) / noise
+    precision = (features.T * weights) @ features + forgetting**30 * np.eye(17) / (0.7 * noise)
+    wanted = layer + np.linalg.solve(precision, (features.T * weights) @ (labels - features @ layer.T)).T
+    np.testing.assert_allclose(learner.mean, wanted, atol=1e-4 if forgetting < 1.0 else 1e-5)
+    np.testing.assert_allclose(np.linalg.inv(learner.spread[1]), precision, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
