@@ -38,7 +38,7 @@ def as_array(values: Tensor | npt.ArrayLike, name: str = "observations, features
             array = (values if values.is_complex() else values.double()).numpy()
     else:
         if isinstance(values, np.ma.MaskedArray):
-            raise TypeError(f"{name} are a masked array, and its mask would be lost; use NaN for no label")
+            raise TypeError(f"{name}: a masked array, whose mask would be lost; use NaN for no label, or fill it")
         try:
             array = np.asarray(values)
         except ValueError as error:

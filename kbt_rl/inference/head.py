@@ -539,7 +539,9 @@ def _tensor(values: Rows, like: Tensor) -> Tensor:
             raise TypeError(f"features or target hold {values.dtype}; expected real numbers")
         return values.detach().to(like)
     if isinstance(values, np.ma.MaskedArray):
-        raise TypeError("features or target are a masked array, and its mask would be lost; use NaN for no label")
+        raise TypeError(
+            "features or target: a masked array, whose mask would be lost; use NaN for no label, or fill it"
+        )
     array = np.asarray(values)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"features or target hold {array.dtype}; expected real numbers")

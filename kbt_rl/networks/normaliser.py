@@ -38,10 +38,14 @@ class Normaliser(NamedTuple):
 
         Args:
             source: The wrapper, or the file that its ``save`` wrote, which is a pickle: load only files you trust.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, or no pickle.
+            TypeError: It is something else than a ``VecNormalize``.
         """
         if isinstance(source, (str, Path)):
-            with Path(source).open("rb") as file:
-                source = pickle.load(file)
+            source = _read(Path(source))
         if not isinstance(source, VecNormalize):
             raise TypeError(f"vec_normalize is a {type(source).__name__}; expected a VecNormalize or its file")
         if not source.norm_obs:
@@ -82,3 +86,16 @@ class Normaliser(NamedTuple):
                 parts[kind][entry] = value.numpy()
         clip, epsilon = tensors["limits"].tolist()
         return cls(parts["mean"], parts["variance"], clip, epsilon)
+
+
+def _read(path: Path) -> Any:
+    """What a pickle holds."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; VecNormalize.save({str(path)!r}) writes one")
+    try:
+        return pickle.loads(path.read_bytes())
+    except Exception as error:  # whatever reading something else ends in
+        raise ValueError(
+            f"{path} is not what VecNormalize.save writes ({type(error).__name__}: {error}); pass its file, or the "
+            "wrapper itself"
+        ) from error

@@ -442,6 +442,15 @@ def test_a_recurrent_teacher_follows_every_episode(learner: str, monkeypatch: py
         policy.learn(envs, 4, KalmanAdapter(teacher, IidStream(spaces.Box(-1.0, 1.0, (3,)))))
 
 
+def test_statistics_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    model = PPO("MlpPolicy", PENDULUM)
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.pkl; VecNormalize\.save"):
+        adapt(model, vec_normalize=tmp_path / "nowhere.pkl")
+    (tmp_path / "text.pkl").write_text("nothing of the kind")
+    with pytest.raises(ValueError, match=r"text\.pkl is not what VecNormalize\.save writes \(UnpicklingError"):
+        adapt(model, vec_normalize=tmp_path / "text.pkl")
+
+
 def test_a_policy_from_vec_normalize_takes_raw_observations(tmp_path: Path) -> None:
     venv = VecNormalize(make_vec_env(PENDULUM, 2))
     model = PPO("MlpPolicy", venv, n_steps=64, seed=0).learn(128)
